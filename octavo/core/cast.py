@@ -1,0 +1,218 @@
+"""How one tensor becomes 8 bits (``Cast``), and the verbs that do it.
+
+``cast``, ``encode`` and ``decode`` move between numbers and a format's grid. ``quantize`` adds scales: it is
+``calibrate → scale → round → encode`` in that order, and ``fake_quantize`` is the same followed by ``dequantize``, with
+the straight-through gradient of Bengio et al. (1308.3432), so that what is trained, measured and served has the same bits.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from octavo import ops
+from octavo.core import formats
+from octavo.core.formats import FloatFormat, Format, IntegerFormat
+from octavo.core.granularity import Granularity, PerTensor, expand_blocks
+from octavo.core.qtensor import QTensor
+from octavo.core.scaling import Current, Scale, compute_scale
+from octavo.errors import OctavoError
+from octavo.ops import ROUNDINGS, Rounding
+
+#: Beyond the largest number: take the largest; ∞ or else NaN, as the format has it; or stop.
+OverflowPolicy = Literal["saturate", "nonsaturating", "error"]
+
+
+@dataclass(frozen=True)
+class Cast:
+    """How one tensor becomes 8 bits. Where a Cast is optional, ``None`` means: leave the tensor alone.
+
+    ``affine`` gives integers a zero point and their whole range; without it integers are symmetric and the lowest code
+    (−128) is unused. Quantizing always saturates.
+    """
+
+    format: Format
+    granularity: Granularity = PerTensor()
+    scale: Scale = Current()
+    rounding: Rounding = "nearest-even"
+    affine: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", formats.get(self.format))
+        _check_rounding(self.rounding)
+        if self.affine and isinstance(self.format, FloatFormat):
+            raise OctavoError(f"a zero point needs an integer format, {self.format.name} is a float; use affine=False")
+        if isinstance(self.format, FloatFormat) and not (self.format.signed and self.format.zero):
+            raise OctavoError(f"{self.format.name} cannot hold a tensor of signed numbers; it is a format for scales")
+
+
+def cast(
+    x: Tensor,
+    fmt: "Format | str",
+    rounding: Rounding = "nearest-even",
+    overflow: OverflowPolicy = "saturate",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Round ``x`` to the numbers of a format; same dtype, shape and device, no gradient.
+
+    Finite values beyond the limits and ±∞ become ±max under "saturate"; ±∞ (NaN, if the format has no infinity) under
+    "nonsaturating"; an ``OctavoError`` under "error". NaN stays NaN, even where the format has no code for it. −0 stays
+    −0 where the format has it. Where ``x.dtype`` is narrower than the format, a value it cannot hold is rounded to it.
+    """
+    fmt = formats.get(fmt)
+    _check_float(x)
+    _check_rounding(rounding)
+    if overflow == "saturate":
+        kernel_overflow: ops.Overflow = "saturate"
+    elif overflow == "error":
+        kernel_overflow = "nan"
+    elif overflow == "nonsaturating":
+        if not (fmt.has_infinity or fmt.has_nan):
+            raise OctavoError(f"{fmt.name} has neither infinity nor NaN to overflow to; use 'saturate' or 'error'")
+        kernel_overflow = "inf" if fmt.has_infinity else "nan"
+    else:
+        raise OctavoError(f"overflow is 'saturate', 'nonsaturating' or 'error', not {overflow!r}")
+    y = _round(x.detach(), fmt, rounding, kernel_overflow, _noise(x, rounding, generator))
+    if overflow == "error" and x.numel():
+        lost = (y.isnan() & ~x.isnan()) | (x.detach().abs() > max(fmt.max, -fmt.min))
+        if lost.any():
+            raise OctavoError(
+                f"{int(lost.sum())} of {x.numel()} values do not fit {fmt.name} ({fmt.min:g} … {fmt.max:g}); "
+                f"the largest magnitude is {x.detach().abs().max().item():g}. Scale the tensor, or let it saturate"
+            )
+    return y
+
+
+def encode(
+    x: Tensor,
+    fmt: "Format | str",
+    rounding: Rounding = "nearest-even",
+    overflow: OverflowPolicy = "saturate",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Round ``x`` to a format and give the integer codes (sign, exponent, mantissa from the top; two's complement).
+
+    Raises ``OctavoError`` if ``x`` holds NaN and the format has no code for it.
+    """
+    fmt = formats.get(fmt)
+    y = cast(x, fmt, rounding, overflow, generator)
+    if not fmt.has_nan and bool(y.isnan().any()):
+        raise OctavoError(f"x holds {int(y.isnan().sum())} NaN, for which {fmt.name} has no code; replace them first")
+    return _codes(y, fmt)
+
+
+def decode(codes: Tensor, fmt: "Format | str", dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers behind integer codes, in ``dtype``; every format of at most 8 bits is exact in bfloat16."""
+    fmt = formats.get(fmt)
+    if isinstance(fmt, IntegerFormat):
+        return codes.to(dtype)
+    if codes.dtype.is_floating_point or codes.dtype == torch.bool:
+        raise OctavoError(f"codes are integers, not {codes.dtype}")
+    return ops.decode(codes, fmt.table_in(dtype, codes.device))
+
+
+def quantize(x: Tensor, how: Cast, generator: torch.Generator | None = None) -> QTensor:
+    """Scale, round and encode a tensor of any float dtype and shape. Raises ``OctavoError`` on NaN or Inf."""
+    _check_float(x)
+    if not bool(x.isfinite().all()):
+        bad = int((~x.isfinite()).sum())
+        raise OctavoError(f"the tensor of shape {list(x.shape)} holds {bad} NaN or Inf; find where they come from first")
+    return quantize_unchecked(x, how, generator=generator)
+
+
+def quantize_unchecked(
+    x: Tensor, how: Cast, storage: torch.dtype = torch.float32, generator: torch.Generator | None = None
+) -> QTensor:
+    """``quantize`` for inner loops: no look for NaN and Inf, which make their whole block NaN instead.
+
+    ``storage``: the dtype in which the scale will be kept; see ``compute_scale``.
+    """
+    x = x.detach()
+    fmt = how.format
+    block = how.granularity.block(tuple(x.shape))
+    scale, zero_point = compute_scale(x, block, fmt, how.scale, how.affine, storage)
+    work = x if x.dtype == torch.float64 else x.float()
+    scaled = work / expand_blocks(scale, tuple(x.shape), block)
+    noise = _noise(scaled, how.rounding, generator)
+    if zero_point is None:
+        y = _round(scaled, fmt, how.rounding, "saturate", noise, symmetric=True)
+    else:  # the offset is added after rounding, so that 0.0 is an integer exactly
+        assert isinstance(fmt, IntegerFormat)
+        offset = expand_blocks(zero_point, tuple(x.shape), block)
+        y = ops.cast(scaled, 23, 23, -8.0e6, 8.0e6, how.rounding, "saturate", False, False, noise)
+        y = (y + offset).clamp(fmt.low, fmt.high)
+    return QTensor(_codes(y, fmt), scale, zero_point, fmt, block, x.dtype)
+
+
+def fake_quantize(x: Tensor, how: Cast | None, generator: torch.Generator | None = None) -> Tensor:
+    """``quantize(x).dequantize()`` in ``x``'s dtype; the gradient passes straight through. ``None`` gives ``x`` back."""
+    if how is None:
+        return x
+    _check_float(x)
+    result: Tensor = _StraightThrough.apply(x, how, generator)
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, how: Cast, generator: torch.Generator | None) -> Tensor:
+        return quantize_unchecked(x, how, generator=generator).dequantize(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None
+
+
+def sqnr(reference: Tensor, approximation: Tensor) -> float:
+    """Signal to quantization noise, ``10 · log10(Σ reference² / Σ (reference − approximation)²)`` in dB; ∞ if equal."""
+    if reference.shape != approximation.shape:
+        raise OctavoError(f"sqnr compares like with like, not {list(reference.shape)} with {list(approximation.shape)}")
+    signal = reference.detach().double()
+    noise = signal - approximation.detach().double()
+    power, lost = signal.square().sum(), noise.square().sum()
+    return float("inf") if lost == 0 else float(10 * torch.log10(power / lost))
+
+
+def _round(
+    x: Tensor, fmt: Format, rounding: Rounding, overflow: ops.Overflow, noise: Tensor | None, symmetric: bool = False
+) -> Tensor:
+    grid, dtype = fmt.grid, x.dtype
+    if fmt.stretch != 1:  # a fractional bias: the grid of the next lower integer bias, stretched
+        x = x.double() / fmt.stretch
+    low = max(grid.low, -grid.high) if symmetric else grid.low
+    negative_zero = fmt.has_negative_zero
+    flush = not fmt.subnormals
+    y = ops.cast(x, grid.mantissa, grid.emin, low, grid.high, rounding, overflow, flush, negative_zero, noise)
+    return y if fmt.stretch == 1 else (y * fmt.stretch).to(dtype)
+
+
+def _codes(y: Tensor, fmt: Format) -> Tensor:
+    if isinstance(fmt, IntegerFormat):
+        return y.nan_to_num(0.0).to(fmt.code_dtype)
+    if fmt.stretch != 1:
+        y = y.double() / fmt.stretch
+    grid = fmt.grid
+    if fmt.bits > formats.MOST_CODE_BITS:
+        raise OctavoError(f"{fmt.name} has {fmt.bits} bits; codes are made for at most {formats.MOST_CODE_BITS}")
+    first, infinity, nan = int(fmt.zero), fmt.infinity_code, fmt.nan_code
+    return ops.encode(y, grid.mantissa, grid.emin, first, fmt.bits, fmt.signed, infinity, nan)
+
+
+def _noise(x: Tensor, rounding: Rounding, generator: torch.Generator | None) -> Tensor | None:
+    if rounding != "stochastic":
+        return None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.rand(x.shape, dtype=dtype, device=x.device, generator=generator)
+
+
+def _check_float(x: Tensor) -> None:
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise OctavoError(f"expected a float32, float64, bfloat16 or float16 tensor, not {x.dtype}; convert it first")
+    if x.is_meta:
+        raise OctavoError("the tensor is on the meta device and holds no numbers; load the weights first")
+
+
+def _check_rounding(rounding: str) -> None:
+    if rounding not in ROUNDINGS:
+        raise OctavoError(f"rounding is one of {', '.join(ROUNDINGS)}, not {rounding!r}")

@@ -1,0 +1,83 @@
+"""Where a tensor's scale comes from: its own largest value, a constant, or (in training and calibration) elsewhere.
+
+Everywhere ``x ≈ (codes − zero_point) · scale``: the scale multiplies on the way out.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.core.formats import FloatFormat, Format
+from octavo.core.granularity import reduce_blocks
+from octavo.errors import OctavoError
+
+LEAST_AMAX = 1e-12  # a block of zeros still needs a scale that is not zero
+
+
+@dataclass(frozen=True)
+class Current:
+    """Just-in-time: the scale that takes this tensor's largest magnitude to the format's largest number.
+
+    ``power_of_two`` rounds it up to a power of two, as the E8M0 scales of DeepSeek-V3.1 and the MX formats are.
+    """
+
+    power_of_two: bool = False
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same scale for every block, whatever the data: 1.0 is a plain cast."""
+
+    value: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.value < float("inf")):
+            raise OctavoError(f"a constant scale must be positive and finite, not {self.value}")
+
+
+Scale = Current | Constant
+
+
+def compute_scale(
+    x: Tensor,
+    block: tuple[int, ...],
+    fmt: Format,
+    source: Scale,
+    affine: bool,
+    storage: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    """The scale (and, if ``affine``, the zero point) of every block of ``x``.
+
+    Symmetric: ``scale = amax / max``. Affine (algorithms: Jacob et al., 1712.05877): the range, stretched to hold 0, is
+    spread over all integers, and the zero point is the integer that stands for 0.0 exactly. ``storage`` is the dtype
+    the scale will be kept in: it is rounded to that dtype *now*, so that the codes fit the scale a loader reads back.
+    A block with NaN or an infinity gets a scale that is not finite: its values cannot pass as numbers.
+    """
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    low, high = (edge.to(work) for edge in reduce_blocks(x, block))
+    if isinstance(source, Constant):
+        scale = torch.full_like(low, source.value, dtype=torch.float32).where(low.isfinite() & high.isfinite(), math.nan)
+        return scale, torch.zeros_like(scale, dtype=torch.int32) if affine else None
+    if not affine:
+        amax = torch.maximum(-low, high) if fmt.signed else high
+        return _store(amax.clamp(min=LEAST_AMAX) / fmt.max, source, storage), None
+    if isinstance(fmt, FloatFormat):
+        raise OctavoError(f"a zero point needs an integer format, {fmt.name} is a float; use affine=False")
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = _store((high - low).clamp(min=LEAST_AMAX) / (fmt.high - fmt.low), source, storage)
+    zero_point = (fmt.low - (low / scale).round()).nan_to_num(0.0).clamp(fmt.low, fmt.high)
+    return scale, zero_point.to(torch.int32)
+
+
+def _store(scale: Tensor, source: Current, storage: torch.dtype) -> Tensor:
+    if source.power_of_two:
+        mantissa, exponent = torch.frexp(scale)  # scale = mantissa · 2**exponent, ½ ≤ mantissa < 1
+        up = torch.where(mantissa == 0.5, exponent - 1, exponent).to(scale.dtype)
+        return torch.exp2(up).where(scale.isfinite(), scale).float()
+    if storage == torch.float64:
+        storage = torch.float32
+    return scale.clamp(max=torch.finfo(storage).max).where(scale.isfinite(), scale).to(storage).clamp(
+        min=torch.finfo(storage).tiny
+    ).float()

@@ -1,0 +1,106 @@
+"""How one layer runs in 8 bits (``Scheme``), and the schemes of the field as constants.
+
+A constant or its name is accepted wherever a scheme is. ``dynamic`` and ``weight_only`` build the same with any formats
+and any groups.
+"""
+
+import difflib
+from dataclasses import dataclass, replace
+
+from octavo.core import formats
+from octavo.core.cast import Cast
+from octavo.core.formats import Format
+from octavo.core.granularity import PerBlock, PerChannel, PerGroup, PerToken
+from octavo.errors import OctavoError
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One layer at inference: how its weight [out, in] and its input […, in] are cast; ``input=None`` is weight-only."""
+
+    weight: Cast
+    input: Cast | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, Cast) and self.weight.format.bits <= 8:
+            if self.input is None or self.input.format.bits <= 16:
+                return
+            raise OctavoError(f"inputs take at most 16 bits, {self.input.format.name} has {self.input.format.bits}")
+        raise OctavoError("a scheme quantizes the weight to at most 8 bits; to leave a layer alone its rule says None")
+
+
+def dynamic(
+    weight: Format | str,
+    input: Format | str | None = None,
+    weight_group: int | None = None,
+    input_group: int | None = None,
+) -> Scheme:
+    """Weights with a scale a channel, inputs with a scale a token, made as they come; or with groups along both.
+
+    ``input`` defaults to the weight's format.
+    """
+    rows = PerGroup(weight_group) if weight_group is not None else PerChannel(0)
+    tokens = PerGroup(input_group) if input_group is not None else PerToken()
+    weight_format = formats.get(weight)
+    return Scheme(Cast(weight_format, rows), Cast(weight_format if input is None else formats.get(input), tokens))
+
+
+def weight_only(weight: Format | str, group: int | None = None) -> Scheme:
+    """8-bit weights with a scale a channel (or a group); the arithmetic stays in the model's dtype."""
+    return replace(dynamic(weight, weight_group=group), input=None)
+
+
+INT8_DYNAMIC = dynamic(formats.INT8)
+FP8_DYNAMIC = dynamic(formats.E4M3FN)
+INT8_WEIGHT_ONLY = weight_only(formats.INT8)
+FP8_WEIGHT_ONLY = weight_only(formats.E4M3FN)
+#: DeepSeek-V3 (2412.19437): weights in tiles of 128 × 128, inputs in stretches of 128.
+FP8_BLOCK = Scheme(Cast(formats.E4M3FN, PerBlock(128, 128)), Cast(formats.E4M3FN, PerGroup(128)))
+#: The accurate ones: the same bits with a scale for every 64 numbers.
+INT8_GROUP64 = dynamic(formats.INT8, weight_group=64, input_group=64)
+E3M4_INT8_GROUP64 = dynamic(formats.INT8, formats.E3M4, weight_group=64, input_group=64)
+
+NAMES: dict[str, Scheme] = {
+    "int8-dynamic": INT8_DYNAMIC,
+    "fp8-dynamic": FP8_DYNAMIC,
+    "int8-weight-only": INT8_WEIGHT_ONLY,
+    "fp8-weight-only": FP8_WEIGHT_ONLY,
+    "fp8-block": FP8_BLOCK,
+    "int8-group64": INT8_GROUP64,
+    "e3m4-int8-group64": E3M4_INT8_GROUP64,
+    **{f"{f.name.lower()}-dynamic": dynamic(f) for f in (formats.E5M2, formats.E3M4, formats.E2M5)},
+    **{f"{f.name.lower()}-weight-only": weight_only(f) for f in (formats.E5M2, formats.E3M4, formats.E2M5)},
+}
+
+
+def get(scheme: Scheme | str) -> Scheme:
+    """The scheme of that name (any case, ``-`` or ``_``), or the scheme itself."""
+    if isinstance(scheme, Scheme):
+        return scheme
+    key = str(scheme).lower().replace("_", "-").strip()
+    if key not in NAMES:
+        near = difflib.get_close_matches(key, NAMES, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise OctavoError(f"no scheme is called {scheme!r}; {hint}There are: {', '.join(NAMES)}")
+    return NAMES[key]
+
+
+def describe(scheme: Scheme) -> str:
+    """The scheme in a few words for a table: its name if it has one, else formats and granularities."""
+    for name, known in NAMES.items():
+        if known == scheme:
+            return name
+
+    def side(how: Cast) -> str:
+        parts = [how.format.name]
+        if isinstance(how.granularity, PerGroup):
+            parts.append(f"g{how.granularity.size}")
+        elif isinstance(how.granularity, PerBlock):
+            parts.append(f"{how.granularity.rows}×{how.granularity.cols}")
+        elif not isinstance(how.granularity, PerChannel | PerToken):
+            parts.append("tensor")
+        if how.affine:
+            parts.append("affine")
+        return "/".join(parts)
+
+    return f"{side(scheme.weight)} × {side(scheme.input) if scheme.input else 'float'}"

@@ -1,0 +1,1 @@
+"""Modules whose weights are 8-bit codes."""

@@ -1,0 +1,108 @@
+"""Find the layers of a model that can become 8 bits, and put others in their place.
+
+A layer is what ``named_modules`` finds under one or several names; all names of one layer are swapped together.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from octavo.nn.linear import QuantizedLinear
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A module that owns weights: all its names, and why it cannot be quantized (``None`` if it can)."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    obstacle: str | None
+
+    @property
+    def name(self) -> str:
+        """The first name."""
+        return self.names[0]
+
+    @property
+    def kind(self) -> str:
+        """The class's name."""
+        return type(self.module).__name__
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as stored."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored [in, out]."""
+        return _is_conv1d(self.module)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the module's own parameters and buffers."""
+        own = [*self.module.parameters(recurse=False), *self.module.buffers(recurse=False)]
+        return sum(t.nbytes for t in own)
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    """Every module of the model that owns a parameter or codes, in the model's order."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    readers = _read_by_their_parent(model)
+    found = []
+    for module, known_as in names.items():
+        if isinstance(module, QuantizedLinear):
+            found.append(Layer(tuple(known_as), module, "already quantized"))
+        elif next(module.parameters(recurse=False), None) is not None:
+            found.append(Layer(tuple(known_as), module, readers.get(module) or _obstacle(module)))
+        elif isinstance(module, nn.Linear):  # parametrized: its parameters live one level below
+            found.append(Layer(tuple(known_as), module, _obstacle(module)))
+    return found
+
+
+def replace(model: nn.Module, layer: Layer, new: nn.Module) -> None:
+    """Put ``new`` under every name of the layer, with its mode and its forward hooks."""
+    new.train(layer.module.training)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+        getattr(new, hooks).update(getattr(layer.module, hooks))
+    for name in layer.names:
+        parent_name, _, attribute = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        setattr(parent, attribute, new)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # torch's way to say: no fused path, which would read the float weight
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # nested tensors only serve that fused path
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    if _is_conv1d(module):
+        return None
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embeddings stay in float"
+    if not isinstance(module, nn.Linear):
+        matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
+        return f"{type(module).__name__} is not a linear layer" if matrix else "no matrix"
+    if type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} overrides Linear.forward"
+    if not module.weight.is_floating_point() or torch.finfo(module.weight.dtype).bits < 16:
+        return f"its weight is {module.weight.dtype}".replace("torch.", "")
+    return None
+
+
+def _read_by_their_parent(model: nn.Module) -> dict[nn.Module, str]:
+    return {
+        module.out_proj: "nn.MultiheadAttention reads its weight directly"
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }

@@ -1,0 +1,285 @@
+"""Compiles ``native.c`` on first use, loads it, and calls it: the CPU's cast and BF16 matmul without a build step.
+
+The C file knows nothing of Python or torch, so whatever ``cc`` the machine has builds it in a second or two. The shared
+object is kept in ``$OCTAVO_CACHE`` (or ``$XDG_CACHE_HOME/octavo``, ``~/.cache/octavo``) under a name that carries a hash
+of all it was made from. It needs ``libgomp.so.1``, which torch has loaded under that very name by the time this module
+is imported: both run on one pool of threads.
+
+Everything here is optional. Without a compiler, or with ``OCTAVO_NATIVE=0``, or for tensors the kernels do not take,
+the functions return ``None`` and the caller does the same with torch.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-fno-trapping-math")  # floats only convert: traps are of no interest
+INSTRUCTION_SETS = ("scalar", "AVX2", "AVX-512", "AVX-512 BF16")  # by octavo_isa()'s numbers
+SIGN = 1 << 31
+INFINITY = 0x7F800000
+NAN = 0x7FC00000
+
+_lock = threading.Lock()
+
+
+class _Grid(ctypes.Structure):
+    """What ``native.c`` calls Grid: a number grid and a rounding, boiled down to integers."""
+
+    _fields_ = (
+        ("mantissa", ctypes.c_int32),
+        ("emin", ctypes.c_int32),
+        ("qmin", ctypes.c_int32),
+        ("step", ctypes.c_uint32),
+        ("nearest", ctypes.c_uint32),
+        ("tie", ctypes.c_uint32),
+        ("parity", ctypes.c_uint32),
+        ("away", ctypes.c_uint32 * 2),
+        ("limit", ctypes.c_uint32 * 2),
+        ("overflow", ctypes.c_uint32 * 2),
+        ("infinite", ctypes.c_uint32 * 2),
+        ("bottom", ctypes.c_uint32),
+        ("least", ctypes.c_uint32),
+        ("zero_sign", ctypes.c_uint32),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where there are none; the first call compiles. Never raises."""
+    return _loaded()[0]
+
+
+def status() -> str:
+    """One line for people: the file in use and its instruction set, or why there is none."""
+    return _loaded()[1]
+
+
+def cast(
+    x: Tensor,
+    mantissa: int,
+    emin: int,
+    low: float,
+    high: float,
+    rounding: str,
+    overflow: str,
+    flush: bool,
+    negative_zero: bool,
+    noise: Tensor | None,
+) -> Tensor | None:
+    """Round to a number grid (``schema.cast`` says how), or None if the kernel does not take this call."""
+    lib = library()
+    if lib is None or x.dtype not in (torch.float32, torch.bfloat16) or not (_plain(x) and x.is_contiguous()):
+        return None
+    stochastic = rounding == "stochastic"
+    if stochastic and not (
+        noise is not None
+        and noise.dtype == torch.float32
+        and noise.shape == x.shape
+        and _plain(noise)
+        and noise.is_contiguous()
+    ):
+        return None
+    grid = _grid(mantissa, emin, low, high, rounding, overflow, flush, negative_zero)
+    if grid is None:
+        return None
+    y = torch.empty_like(x)
+    lib.octavo_cast(
+        x.data_ptr(),
+        noise.data_ptr() if stochastic and noise is not None else None,
+        y.data_ptr(),
+        x.numel(),
+        x.dtype == torch.bfloat16,
+        ctypes.byref(grid),
+        _instruction_set(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def gemm_bf16(a: Tensor, b: Tensor) -> Tensor | None:
+    """``a @ b.T`` of bfloat16 [M, K] and [N, K] in float32, or None if the kernel does not take this call.
+
+    Products are exact and sums float32, within K · 2⁻²⁴ · |a| @ |b|.T of the exact result; like the instruction it is
+    made of (VDPBF16PS) it takes subnormals for zero. Rows may lie any distance apart; the result does not depend on
+    the number of threads.
+    """
+    lib = library()
+    if lib is None or INSTRUCTION_SETS[_instruction_set()] != "AVX-512 BF16":
+        return None
+    if not all(t.dtype == torch.bfloat16 and t.dim() == 2 and _plain(t) for t in (a, b)) or a.shape[1] != b.shape[1]:
+        return None
+    (m, k), n = a.shape, b.shape[0]
+    if k > 1 and not a.stride(1) == b.stride(1) == 1:
+        return None
+    c = torch.empty((m, n), dtype=torch.float32)
+    lib.octavo_gemm_bf16(
+        a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), c.data_ptr(), m, n, k, torch.get_num_threads()
+    )
+    return c
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether the bytes at ``x``'s address are its numbers: not so for subclasses, other devices and lazy negations."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
+        and not x.is_neg()
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _grid(
+    mantissa: int, emin: int, low: float, high: float, rounding: str, overflow: str, flush: bool, negative_zero: bool
+) -> _Grid | None:
+    """The kernel's description of a grid; None beyond its range: quanta under 2⁻¹⁴⁹, limits that float32 lacks."""
+    qmin = emin if flush else emin - mantissa
+    bounds = _bits(low), _bits(high)
+    if not (0 <= mantissa <= 23 and emin - mantissa >= -149 and qmin <= 127 and low <= high and high > 0):
+        return None
+    if bounds[0] is None or bounds[1] is None:
+        return None
+    least, most = bounds
+    ends = (most, least | SIGN if low < 0 else least)
+    beyond = {"saturate": ends, "inf": (INFINITY, INFINITY | SIGN), "nan": (NAN, NAN)}[overflow]
+    stops = (rounding in ("toward-zero", "down"), rounding in ("toward-zero", "up"))  # IEEE 754: not past the limit
+    ones = 2**32 - 1
+    return _Grid(
+        mantissa=mantissa,
+        emin=emin + 127,
+        qmin=qmin + 127,
+        step=2 * (_bits(2.0**qmin) or 0),
+        nearest=ones * rounding.startswith("nearest"),
+        tie=ones * (rounding == "nearest-even"),
+        parity=int(mantissa > 0),
+        away=(ones * (rounding == "up"), ones * (rounding == "down")),
+        limit=(2 * most + 1, 0 if low > 0 else 2 * least + 1),
+        overflow=tuple(end if stop else other for end, stop, other in zip(ends, stops, beyond, strict=True)),
+        infinite=beyond,
+        bottom=2 * least if low > 0 else 0,
+        least=least,
+        zero_sign=SIGN * negative_zero,
+    )
+
+
+def _bits(value: float) -> int | None:
+    """The float32 pattern of |value|, None if there is none; in integers, so that no flush-to-zero mode matters."""
+    units = math.ldexp(abs(value), 149)  # of the smallest subnormal
+    if not (units.is_integer() and units < 2.0**277):
+        return None
+    shift = max(int(units).bit_length() - 24, 0)
+    significand = int(units) >> shift
+    return (shift << 23) + significand if significand << shift == units else None
+
+
+def _instruction_set() -> int:
+    """What the kernels run on, as an index into ``INSTRUCTION_SETS``."""
+    lib = library()
+    return 0 if lib is None else int(lib.octavo_isa())
+
+
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    with _lock:  # functools.cache alone would let two threads compile
+        return _load()
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library and its status line, or None and the reason. Tried in the cache folder, then in a temporary one."""
+    if os.environ.get("OCTAVO_NATIVE") == "0":
+        return None, "no native kernels: OCTAVO_NATIVE=0"
+    compiler = _compiler()
+    if compiler is None:
+        return None, "no native kernels: no C compiler found (CC, cc, gcc, clang)"
+    reason = ""
+    for prepare in (_cache_folder, _temporary_folder):
+        try:
+            with prepare() as folder:
+                path = _compiled(compiler, folder)
+                lib = _declared(ctypes.CDLL(str(path)))
+        except subprocess.SubprocessError as error:
+            return None, f"no native kernels: {_complaint(error)}"
+        except (OSError, AttributeError, ValueError) as error:  # the folder is not ours, or the file in it is damaged
+            reason = reason or str(error)
+        else:
+            where = f"compiled for this process only ({reason})" if reason else str(path)
+            return lib, f"native kernels: {INSTRUCTION_SETS[lib.octavo_isa()]}, {where}"
+    return None, f"no native kernels: {reason}"
+
+
+def _compiler() -> list[str] | None:
+    """The compiler's command line so far: ``$CC``, which may carry options, or the first of the usual names."""
+    for candidate in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+        words = candidate.split()
+        if words and shutil.which(words[0]):
+            return words
+    return None
+
+
+@contextlib.contextmanager
+def _cache_folder() -> Iterator[Path]:
+    """A folder only we write to: what lies in it will run in this process."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(os.environ.get("OCTAVO_CACHE") or Path(home, "octavo"))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = folder.stat()
+    if state.st_uid not in (os.getuid(), 0) or state.st_mode & 0o022:
+        raise PermissionError(f"{folder} is writable by others")
+    yield folder
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="octavo-") as folder:  # a file that is loaded need not stay
+        yield Path(folder)
+
+
+def _compiled(compiler: list[str], folder: Path) -> Path:
+    """The shared object in ``folder``, made unless it is there. Written aside and renamed: processes may race."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    # clang's OpenMP is another library than torch's; gcc's is the same
+    flags = (*FLAGS, "-fopenmp-simd" if b"clang" in version else "-fopenmp")
+    recipe = repr((compiler, flags, version, platform.machine())).encode() + SOURCE.read_bytes()
+    path = folder / f"native-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
+    if not path.exists():
+        handle, aside = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        os.close(handle)
+        try:
+            command = [*compiler, *flags, "-o", aside, str(SOURCE)]
+            subprocess.run(command, capture_output=True, check=True, timeout=300, env={**os.environ, "LC_ALL": "C"})
+            os.replace(aside, path)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+    return path
+
+
+def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """``lib`` with the signatures of ``native.c``."""
+    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    lib.octavo_isa.argtypes = ()
+    lib.octavo_isa.restype = number
+    lib.octavo_cast.argtypes = (pointer, pointer, pointer, count, number, ctypes.POINTER(_Grid), number, number)
+    lib.octavo_cast.restype = None
+    lib.octavo_gemm_bf16.argtypes = (pointer, count, pointer, count, pointer, count, count, count, number)
+    lib.octavo_gemm_bf16.restype = None
+    return lib
+
+
+def _complaint(error: subprocess.SubprocessError) -> str:
+    """A compiler's first error line, as far as there is one."""
+    lines = (getattr(error, "stderr", None) or b"").decode(errors="replace").splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else str(error))

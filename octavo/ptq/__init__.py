@@ -1,0 +1,1 @@
+"""Post-training quantization: a trained model in, the same model in 8 bits out."""

@@ -1,0 +1,142 @@
+"""Quantize a model in place, and say what was done.
+
+Everything that can go wrong is looked for first, over the whole model, so that a model is never left half quantized.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+
+from octavo.core.cast import sqnr
+from octavo.core.schemes import Scheme, describe
+from octavo.errors import OctavoError
+from octavo.nn import linear, swap
+from octavo.nn.swap import Layer
+from octavo.ptq.rules import Rules, assign
+
+T = TypeVar("T")
+#: Wraps an iterable to show progress: (items, what is being done) → the same items.
+Track = Callable[[list[T], str], Iterable[T]]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: its scheme in words (None if left alone, then ``reason`` says why), bytes, and the weight's SQNR in dB."""
+
+    name: str
+    kind: str
+    scheme: str | None
+    reason: str
+    bytes_before: int
+    bytes_after: int
+    sqnr: float | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What ``quantize_`` did: every layer with weights, the model's bytes before and after, the seconds it took."""
+
+    layers: list[LayerReport]
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def quantized(self) -> list[LayerReport]:
+        """The layers that are in 8 bits now."""
+        return [layer for layer in self.layers if layer.scheme is not None]
+
+    @property
+    def left(self) -> list[LayerReport]:
+        """The layers that were left alone."""
+        return [layer for layer in self.layers if layer.scheme is None]
+
+    def groups(self) -> list[tuple[str, str, int, int, int, list[str]]]:
+        """Rows (scheme or reason, kind, layers, bytes before, bytes after, names) for a table; 8-bit ones first."""
+        rows: dict[tuple[bool, str, str], list[LayerReport]] = {}
+        for layer in self.layers:
+            rows.setdefault((layer.scheme is None, layer.scheme or layer.reason, layer.kind), []).append(layer)
+        ordered = sorted(rows.items(), key=lambda row: (row[0][0], -sum(x.bytes_before for x in row[1])))
+        return [
+            (what, kind, len(xs), sum(x.bytes_before for x in xs), sum(x.bytes_after for x in xs), [x.name for x in xs])
+            for (_, what, kind), xs in ordered
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``json.dumps``."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.quantized)} layers in 8 bits, {len(self.left)} left; {self.bytes_before / 1e6:.1f} MB → "
+            f"{self.bytes_after / 1e6:.1f} MB in {self.seconds:.1f} s"
+        ]
+        for what, kind, count, before, after, names in self.groups():
+            shown = ", ".join(names[:2]) + (" …" if count > 2 else "")
+            lines.append(f"  {count:>4} {kind:<16} {before / 1e6:>9.1f} → {after / 1e6:<9.1f} MB  {what}  ({shown})")
+        return "\n".join(lines + self.notes)
+
+
+def quantize_(model: nn.Module, rules: Rules, *, track: "Track[Layer] | None" = None) -> Summary:
+    """Replace the model's linear layers by 8-bit ones, in place.
+
+    ``rules``: a scheme or its name for all but the output head; ``{name pattern: scheme or None}``; or a list of
+    ``Rule``. ``track`` wraps the loop to show progress. Raises ``OctavoError`` before anything is changed if a rule or
+    scheme matches nothing, nothing is left to quantize, or a weight is on the meta device or holds NaN or Inf.
+    """
+    started = time.perf_counter()
+    found = swap.layers(model)
+    verdict = assign(model, found, rules)
+    chosen = [(layer, scheme) for layer, scheme in verdict.items() if isinstance(scheme, Scheme)]
+    for layer, _ in chosen:
+        _check(layer)
+    before = model_bytes(model)
+    reports = {layer: LayerReport(layer.name, layer.kind, None, str(verdict[layer]), layer.nbytes, layer.nbytes) for layer in found}
+    notes = _notes(model, [layer for layer, _ in chosen])
+    todo = [layer for layer, _ in chosen]
+    shared: dict[tuple[int, Scheme], linear.QuantizedLinear] = {}
+    for layer in track(todo, "quantizing") if track else todo:
+        scheme = verdict[layer]
+        assert isinstance(scheme, Scheme)
+        bias = getattr(layer.module, "bias", None)
+        new = linear.from_float(layer.weight, bias, scheme, layer.transposed)
+        twin = shared.setdefault((id(layer.weight), scheme), new)
+        if twin is not new:  # one weight under two layers stays one weight
+            new = linear.QuantizedLinear(twin.weight, bias, scheme, layer.transposed)
+        original = layer.weight.detach().T if layer.transposed else layer.weight.detach()
+        quality = sqnr(original, new.weight.dequantize())
+        swap.replace(model, layer, new)
+        after = sum(t.nbytes for t in new.buffers())
+        reports[layer] = LayerReport(layer.name, layer.kind, describe(scheme), "", layer.nbytes, after, quality)
+    return Summary(list(reports.values()), before, model_bytes(model), time.perf_counter() - started, notes)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each storage counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({(t.data_ptr() or id(t), t.nbytes): t.nbytes for t in tensors}.values())
+
+
+def _check(layer: Layer) -> None:
+    if layer.weight.is_meta:
+        raise OctavoError(f"{layer.name} is on the meta device and holds no numbers; load the weights before quantizing")
+    for name, tensor in (("weight", layer.weight), ("bias", getattr(layer.module, "bias", None))):
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise OctavoError(
+                f"{layer.name}.{name} holds {bad} NaN or Inf among its {tensor.numel()} values: the checkpoint is "
+                f"damaged; mend it, or leave the layer alone with a rule for {layer.name!r}"
+            )
+
+
+def _notes(model: nn.Module, chosen: list[Layer]) -> list[str]:
+    tables = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    return [
+        f"{x.name} shared its weight with {tables[id(x.weight)]}, which keeps its own copy in float"
+        for x in chosen
+        if id(x.weight) in tables
+    ]

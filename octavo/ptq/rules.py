@@ -1,0 +1,118 @@
+"""Which scheme for which layer: an ordered list of rules, the first that matches decides.
+
+A single scheme means: everything but the output head. With rules of your own, the output head is quantized only if a
+rule gives its exact name: rounding the logits' layer costs most and saves least. A rule that matches nothing is an
+error, because it is nearly always a misspelt name.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from octavo.core import schemes
+from octavo.core.schemes import Scheme
+from octavo.errors import OctavoError
+from octavo.nn.swap import Layer
+
+HEAD_NAMES = ("lm_head", "embed_out")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers whose dotted name fits the shell pattern ``name`` and whose class is called ``type`` get ``scheme``.
+
+    ``scheme=None`` leaves them alone. Patterns know ``*``, ``?`` and ``[…]``; ``*`` also crosses dots.
+    """
+
+    scheme: Scheme | str | None
+    name: str = "*"
+    type: str | None = None
+
+    def matches(self, layer: Layer) -> bool:
+        """Whether the rule speaks of this layer, under any of its names."""
+        kinds = {cls.__name__ for cls in type(layer.module).__mro__}
+        return any(fnmatchcase(n, self.name) for n in layer.names) and (self.type is None or self.type in kinds)
+
+    def __str__(self) -> str:
+        return f"name={self.name!r}" + (f", type={self.type!r}" if self.type else "")
+
+
+Rules = Scheme | str | Sequence[Rule] | Mapping[str, "Scheme | str | None"]
+
+
+def as_rules(rules: Rules) -> tuple[Rule, ...]:
+    """A scheme, its name, a list of rules, or ``{name pattern: scheme}`` as a tuple of rules with schemes resolved."""
+    if isinstance(rules, Scheme | str):
+        return (Rule(schemes.get(rules)),)
+    if isinstance(rules, Mapping):
+        rules = [Rule(scheme, name) for name, scheme in rules.items()]
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise OctavoError(f"rules are octavo.Rule(scheme, name=…, type=…), not {rule!r}")
+    if not rules:
+        raise OctavoError("the list of rules is empty; nothing would be quantized")
+    return tuple(Rule(None if r.scheme is None else schemes.get(r.scheme), r.name, r.type) for r in rules)
+
+
+def assign(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Layer, Scheme | str]:
+    """For each layer its scheme, or in words why it is left alone. Raises ``OctavoError`` on a rule without a match."""
+    ordered = as_rules(rules)
+    heads = output_heads(model, found)
+    used: set[Rule] = set()
+    verdict: dict[Layer, Scheme | str] = {}
+    for layer in found:
+        matching = [rule for rule in ordered if rule.matches(layer)]
+        if layer.obstacle is None:
+            used.update(matching)
+        else:
+            used.update(rule for rule in matching if rule.scheme is None)
+        rule = matching[0] if matching else None
+        if layer.obstacle is not None:
+            verdict[layer] = layer.obstacle
+        elif rule is None:
+            verdict[layer] = "no rule matches"
+        elif rule.scheme is None:
+            verdict[layer] = f"rule {rule}"
+        elif layer.module in heads and rule.name not in layer.names:
+            verdict[layer] = "output head, left in float unless a rule gives its exact name"
+        else:
+            assert isinstance(rule.scheme, Scheme)
+            verdict[layer] = rule.scheme
+    for rule in ordered:
+        if rule not in used and not (rule == ordered[-1] and len(ordered) == 1):
+            raise _unmatched(rule, found)
+    if not any(isinstance(v, Scheme) for v in verdict.values()):
+        raise _nothing(ordered, verdict)
+    return verdict
+
+
+def output_heads(model: nn.Module, found: Sequence[Layer]) -> set[nn.Module]:
+    """The layers that make logits: what transformers calls output embeddings, or shares its weight with an embedding."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads = {x.module for x in found if x.obstacle is None and id(x.module.weight) in tables}
+    heads |= {x.module for x in found if any(n.rpartition(".")[2] in HEAD_NAMES for n in x.names)}
+    getter = getattr(model, "get_output_embeddings", None)
+    if callable(getter) and isinstance(head := getter(), nn.Module):
+        heads.add(head)
+    return heads
+
+
+def _unmatched(rule: Rule, found: Sequence[Layer]) -> OctavoError:
+    blocked = [x for x in found if rule.matches(x)]
+    if blocked:
+        why = "; ".join(f"{x.name}: {x.obstacle}" for x in blocked[:3])
+        return OctavoError(f"the rule {rule} matches only layers that cannot be quantized ({why})")
+    names = [x.name for x in found if x.obstacle is None]
+    near = difflib.get_close_matches(rule.name, names, n=3, cutoff=0.3) or names[:3]
+    return OctavoError(f"the rule {rule} matches no layer; there are, for example, {', '.join(near) or 'none at all'}")
+
+
+def _nothing(rules: Sequence[Rule], verdict: Mapping[Layer, Scheme | str]) -> OctavoError:
+    reasons: dict[str, list[str]] = {}
+    for layer, why in verdict.items():
+        reasons.setdefault(str(why), []).append(layer.name or "the model itself")
+    listed = "; ".join(f"{why}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}" for why, names in reasons.items())
+    return OctavoError(f"nothing to quantize: {listed or 'the model has no parameters'}")
