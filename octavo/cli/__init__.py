@@ -1,0 +1,1 @@
+"""The command line: ``octavo quantize · evaluate · inspect · formats · doctor``."""

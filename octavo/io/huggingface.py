@@ -174,6 +174,16 @@ def _download(name: str) -> Path:
         ) from error
 
 
+def architecture(folder: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
+    """The model class that a folder's config names and its settings, without any word of quantization."""
+    transformers = loading.require("transformers")
+    with loading.transformers_on(folder / CONFIG):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return _model_class(transformers, folder, raw, config), config
+
+
 def _load_folder(folder: Path, dtype: torch.dtype | None) -> "PreTrainedModel":
     transformers = loading.require("transformers")
     if (folder / "adapter_config.json").exists():
@@ -192,9 +202,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> "PreTrainedModel":
             f"{folder}: {len(small)} weights are stored in 8 bits or less ({listed(small, 2)}), and {CONFIG} does not "
             "say how to read them. Start from the original checkpoint."
         )
-    with loading.transformers_on(folder / CONFIG):
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model_class = _model_class(transformers, folder, raw, config)
+    model_class, config = architecture(folder, raw)
     return loading.load(
         folder,
         model_class,

@@ -42,8 +42,8 @@ def load(
 ) -> "PreTrainedModel":
     """`model_class.from_pretrained(**arguments)` in eval mode, proved whole."""
     tensors = list(tensors)
-    _check_size(what, model_class, config, tensors)
     with transformers_on(what):
+        _check_size(what, model_class, config, tensors)
         model, info = model_class.from_pretrained(
             config=config,
             output_loading_info=True,

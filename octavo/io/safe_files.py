@@ -257,8 +257,8 @@ def check_regular(file: Path) -> None:
 
 def show(value: object, limit: int = 120) -> str:
     """A name from an untrusted file, fit to print: quoted, control characters escaped, never long."""
-    text = ascii(value if isinstance(value, str) else str(value)[: 4 * limit])
-    return text if len(text) <= limit else text[:limit] + "…'"
+    text = ascii(value[: 2 * limit]) if isinstance(value, str) else ascii(value)
+    return text if len(text) <= limit else text[:limit] + "…"
 
 
 def listed(names: list[str], limit: int = 5) -> str:

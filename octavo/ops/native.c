@@ -3,9 +3,13 @@
  * Plain C11 without torch's headers, so that any `cc` builds it in a second or two. One file serves every x86-64:
  * a kernel is compiled once per instruction set by __attribute__((target)) and chosen at run time; any other
  * machine gets the scalar path. native.py compiles and calls; the law each kernel obeys is written there. */
+#define _DEFAULT_SOURCE /* madvise */
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -42,15 +46,15 @@ int octavo_isa(void) {
  * at the bottom: drop is then at least 1 and half a quantum always is an integer. */
 
 typedef struct {
-    int32_t mantissa, emin, qmin;    /* exponents plus 127; qmin: the smallest quantum's (emin if subnormals are flushed) */
-    uint32_t step;                   /* 2^qmin, shifted */
-    uint32_t nearest, tie;           /* all ones: round to nearest; ties go to even rather than away */
-    uint32_t parity;                 /* 0: a grid without mantissa bits, whose even numbers have an even exponent field */
-    uint32_t away[2];                /* all ones: positive, negative magnitudes round up */
-    uint32_t limit[2];               /* the first shifted magnitude that overflows, positive and negative */
+    int32_t mantissa, emin, qmin;      /* exponents plus 127; qmin: of the smallest quantum (emin: no subnormals) */
+    uint32_t step;                     /* 2^qmin, shifted */
+    uint32_t nearest, tie;             /* all ones: round to nearest; ties go to even rather than away */
+    uint32_t parity;                   /* 0: no mantissa bits, and the number is even whose exponent field is */
+    uint32_t away[2];                  /* all ones: positive, negative magnitudes round up */
+    uint32_t limit[2];                 /* the first shifted magnitude that overflows, positive and negative */
     uint32_t overflow[2], infinite[2]; /* what an overflow and what an infinity become */
-    uint32_t bottom, least;          /* low > 0, a grid without zero: shifted magnitudes under bottom become least */
-    uint32_t zero_sign;              /* the sign bit, if the grid has a -0 */
+    uint32_t bottom, least;            /* low > 0, a grid without zero: shifted magnitudes under bottom become least */
+    uint32_t zero_sign;                /* the sign bit, if the grid has a -0 */
 } Grid;
 
 INLINE uint32_t bits_of(float x) {
@@ -135,14 +139,26 @@ static Cast *const casts[][2][2] = {ROW(scalar), ROW(avx2), ROW(avx512), ROW(avx
 static Cast *const casts[][2][2] = {ROW(scalar)};
 #endif
 
+/* A large result comes from the system as untouched pages: first writes to 4 KiB ones cost more than all else here. */
+static void prefer_huge_pages(void *p, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t huge = 2 << 20, first = ((uintptr_t)p + huge - 1) & -huge, last = ((uintptr_t)p + bytes) & -huge;
+    if (bytes >= 8 << 20) madvise((void *)first, last - first, MADV_HUGEPAGE);
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
 /* `isa` is octavo_isa() or, in a test, less. Every element is on its own: threads cannot change the result. */
 void octavo_cast(const void *x, const float *noise, void *y, int64_t n, int bf16, const Grid *g, int isa, int threads) {
     enum { BLOCK = 16384 };
     Cast *const cast = casts[isa][bf16][noise != NULL];
     const int64_t size = bf16 ? 2 : 4;
+    prefer_huge_pages(y, n * size);
 #pragma omp parallel for schedule(static) num_threads(threads) if (n > 2 * BLOCK)
     for (int64_t i = 0; i < n; i += BLOCK)
-        cast((const char *)x + i * size, noise ? noise + i : NULL, (char *)y + i * size, n - i < BLOCK ? n - i : BLOCK, g);
+        cast((const char *)x + i * size, noise ? noise + i : NULL, (char *)y + i * size,
+             n - i < BLOCK ? n - i : BLOCK, g);
 }
 
 /* ---- gemm -------------------------------------------------------------------------------------------------------
@@ -150,13 +166,13 @@ void octavo_cast(const void *x, const float *noise, void *y, int64_t n, int bf16
  * C[m, n] = sum over k of A[m, k] * B[n, k], bfloat16 in, float32 out, by vdpbf16ps: sixteen lanes of float32, each
  * taking two products a step. B, the weight, is large and read where it lies; A, the activations, is repacked: the
  * vector lanes are rows of A, and a pair of neighbours in a row of B is broadcast to all of them. A panel of A is up
- * to 64 rows by DEPTH columns and stays in the second-level cache while rows of B stream past. Each element of C is
+ * to 48 rows by DEPTH columns and stays in the second-level cache while rows of B stream past. Each element of C is
  * summed in one fixed order, which no tile shape and no thread count changes. */
 #if defined(__x86_64__)
 
 #define AVX512_BF16_CODE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define UNROLL _Pragma("GCC unroll 16")
-enum { LANES = 16, DEPTH = 2048, PANEL = 4 }; /* float32 lanes; columns of a panel of A; its rows, in vectors */
+enum { LANES = 16, DEPTH = 2048, PANEL = 3, FEW = 12 }; /* DEPTH and PANEL: columns, and rows in vectors, of a panel */
 
 INLINE AVX512_BF16_CODE __m512 dot(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
@@ -181,12 +197,13 @@ INLINE AVX512_BF16_CODE void transpose(__m512i r[16]) {
         r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
     UNROLL for (int i = 0; i < 4; i++) {
-        __m512i even0 = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), even1 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        __m512i odd0 = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD), odd1 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-        t[i] = _mm512_shuffle_i32x4(even0, even1, 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
-        t[i + 8] = _mm512_shuffle_i32x4(even0, even1, 0xDD);
-        t[i + 12] = _mm512_shuffle_i32x4(odd0, odd1, 0xDD);
+#define QUARTERS(a, b, which) _mm512_shuffle_i32x4(a, b, which) /* 0x88: the even ones of a, then of b; 0xDD: the odd */
+        const __m512i even0 = QUARTERS(r[i], r[i + 4], 0x88), even1 = QUARTERS(r[i + 8], r[i + 12], 0x88);
+        const __m512i odd0 = QUARTERS(r[i], r[i + 4], 0xDD), odd1 = QUARTERS(r[i + 8], r[i + 12], 0xDD);
+        t[i] = QUARTERS(even0, even1, 0x88);
+        t[i + 4] = QUARTERS(odd0, odd1, 0x88);
+        t[i + 8] = QUARTERS(even0, even1, 0xDD);
+        t[i + 12] = QUARTERS(odd0, odd1, 0xDD);
     }
     UNROLL for (int i = 0; i < 16; i++) r[i] = t[i];
 }
@@ -240,7 +257,7 @@ INLINE AVX512_BF16_CODE void tile(int vectors, int columns, const __m512i *panel
     }
 }
 
-/* For fewer than 8 rows of A: rows of A against four of B along k, at the speed B comes from memory. */
+/* For FEW rows of A: up to four of them against four of B, along k, at the speed B comes from memory. */
 INLINE AVX512_BF16_CODE void dots(int rows, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *c,
                                   int64_t ldc, int64_t m, int64_t n, int64_t k) {
     __m512 sum[4][4];
@@ -263,12 +280,12 @@ INLINE AVX512_BF16_CODE void dots(int rows, const uint16_t *a, int64_t lda, cons
             if (i < m && j < n) c[i * ldc + j] = _mm512_reduce_add_ps(sum[i][j]);
 }
 
-/* One panel's worth of rows (m <= 64) times n rows of B. */
-AVX512_BF16_CODE static void strip(const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *c, int64_t ldc,
-                                   int64_t m, int64_t n, int64_t k) {
+/* One panel's worth of rows of A times n rows of B. */
+AVX512_BF16_CODE static void strip(const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *c,
+                                   int64_t ldc, int64_t m, int64_t n, int64_t k) {
     static _Thread_local __m512i panel[DEPTH / 2 * PANEL];
     const int vectors = (int)((m + LANES - 1) / LANES);
-    if (m < 8) {
+    if (m <= FEW) {
         for (int64_t j = 0; j < n; j += 4)
             for (int64_t i = 0; i < m; i += m == 1 ? 1 : 4) {
                 if (m == 1) dots(1, a, lda, b + j * ldb, ldb, c + j, ldc, 1, n - j, k);
@@ -285,25 +302,24 @@ AVX512_BF16_CODE static void strip(const uint16_t *a, int64_t lda, const uint16_
         case 1: TILES(1, 12); break;
         case 2: TILES(2, 12); break;
         case 3: TILES(3, 8); break;
-        case 4: TILES(4, 6); break;
         }
     }
 }
 
-/* Work is dealt out as strips of 64 rows, each cut along n into as many parts as it takes to occupy every thread. */
+/* Work is dealt out in strips of up to 48 rows, all alike, each cut along n into a part for every thread. */
 void octavo_gemm_bf16(const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *c, int64_t m, int64_t n,
                       int64_t k, int threads) {
-    const int64_t rows = PANEL * LANES, strips = (m + rows - 1) / rows;
-    int64_t parts = 1;
-    while (parts < threads && strips * parts % threads) parts++;
-    int64_t width = (n + parts - 1) / parts;
-    width = width < 96 ? 96 : (width + 23) / 24 * 24; /* packing pays off; whole tiles, whatever their shape */
-    parts = (n + width - 1) / width;
-#pragma omp parallel for schedule(static) num_threads(threads) if (m * n * k > 1 << 20)
+    const int64_t vectors = (m + LANES - 1) / LANES, strips = (vectors + PANEL - 1) / PANEL;
+    const int64_t rows = strips ? (vectors + strips - 1) / strips * LANES : 0;
+    int64_t width = ((n + threads - 1) / threads + 23) / 24 * 24; /* whole tiles, whatever their shape */
+    width = width < 96 ? 96 : width;                              /* fewer would not repay packing A */
+    const int64_t parts = (n + width - 1) / width;
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (m * n * k > 1 << 20)
     for (int64_t t = 0; t < strips * parts; t++) {
         const int64_t i = t / parts * rows, j = t % parts * width;
-        strip(a + i * lda, lda, b + j * ldb, ldb, c + i * n + j, n, m - i < rows ? m - i : rows,
-              n - j < width ? n - j : width, k);
+        if (i < m) /* strips rounded up to whole vectors may leave none for the last */
+            strip(a + i * lda, lda, b + j * ldb, ldb, c + i * n + j, n, m - i < rows ? m - i : rows,
+                  n - j < width ? n - j : width, k);
     }
 }
 

@@ -1,9 +1,9 @@
 """Compiles ``native.c`` on first use, loads it, and calls it: the CPU's cast and BF16 matmul without a build step.
 
-The C file knows nothing of Python or torch, so whatever ``cc`` the machine has builds it in a second or two. The shared
-object is kept in ``$OCTAVO_CACHE`` (or ``$XDG_CACHE_HOME/octavo``, ``~/.cache/octavo``) under a name that carries a hash
-of all it was made from. It needs ``libgomp.so.1``, which torch has loaded under that very name by the time this module
-is imported: both run on one pool of threads.
+The C file knows nothing of Python or torch, so whatever ``cc`` the machine has builds it in a second or two. The
+shared object is kept in ``$OCTAVO_CACHE`` (or ``$XDG_CACHE_HOME/octavo``, ``~/.cache/octavo``) under a name that
+carries a hash of all it was made from. It needs ``libgomp.so.1``, which torch has loaded under that very name by the
+time it is opened: both run on one pool of threads.
 
 Everything here is optional. Without a compiler, or with ``OCTAVO_NATIVE=0``, or for tensors the kernels do not take,
 the functions return ``None`` and the caller does the same with torch.
@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from octavo.ops.schema import OVERFLOWS, ROUNDINGS
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-fno-trapping-math")  # floats only convert: traps are of no interest
@@ -148,12 +150,12 @@ def _grid(
 ) -> _Grid | None:
     """The kernel's description of a grid; None beyond its range: quanta under 2⁻¹⁴⁹, limits that float32 lacks."""
     qmin = emin if flush else emin - mantissa
-    bounds = _bits(low), _bits(high)
-    if not (0 <= mantissa <= 23 and emin - mantissa >= -149 and qmin <= 127 and low <= high and high > 0):
+    known = rounding in ROUNDINGS and overflow in OVERFLOWS
+    if not (known and 0 <= mantissa <= 23 and emin - mantissa >= -149 and qmin <= 127 and low <= high and high > 0):
         return None
-    if bounds[0] is None or bounds[1] is None:
+    least, most, step = _bits(low), _bits(high), _bits(2.0**qmin)
+    if least is None or most is None or step is None:
         return None
-    least, most = bounds
     ends = (most, least | SIGN if low < 0 else least)
     beyond = {"saturate": ends, "inf": (INFINITY, INFINITY | SIGN), "nan": (NAN, NAN)}[overflow]
     stops = (rounding in ("toward-zero", "down"), rounding in ("toward-zero", "up"))  # IEEE 754: not past the limit
@@ -162,7 +164,7 @@ def _grid(
         mantissa=mantissa,
         emin=emin + 127,
         qmin=qmin + 127,
-        step=2 * (_bits(2.0**qmin) or 0),
+        step=2 * step,
         nearest=ones * rounding.startswith("nearest"),
         tie=ones * (rounding == "nearest-even"),
         parity=int(mantissa > 0),
@@ -178,8 +180,10 @@ def _grid(
 
 def _bits(value: float) -> int | None:
     """The float32 pattern of |value|, None if there is none; in integers, so that no flush-to-zero mode matters."""
+    if not abs(value) < 2.0**128:
+        return None
     units = math.ldexp(abs(value), 149)  # of the smallest subnormal
-    if not (units.is_integer() and units < 2.0**277):
+    if not units.is_integer():
         return None
     shift = max(int(units).bit_length() - 24, 0)
     significand = int(units) >> shift

@@ -64,23 +64,26 @@ def test_a_name_of_the_greatest_length(tmp_path):
         pass
 
 
+def write_and_raise(place, error, size=1):
+    (place / "x").write_bytes(b"x" * size)
+    raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, MemoryError, GeneratorExit])
 @pytest.mark.parametrize("force", [False, True])
 def test_a_failure_leaves_everything_as_it_was(tmp_path, error, force):
     out = checkpoint(tmp_path / "out") if force else tmp_path / "new" / "out"
     before = snapshot(tmp_path)
     with pytest.raises(error), atomic_folder(out, force) as place:
-        (place / "x").write_text("x")
-        raise error
+        write_and_raise(place, error)
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_names_the_folder_and_the_space(tmp_path, code):
-    with pytest.raises(OctavoError, match=r"out: the disk is full; 3 kB had been written .* free") as caught:  # noqa: SIM117
-        with atomic_folder(tmp_path / "out") as place:
-            (place / "x").write_bytes(b"x" * 3000)
-            raise OSError(code, os.strerror(code))
+    words = r"out: the disk is full; 3 kB had been written .* free"
+    with pytest.raises(OctavoError, match=words) as caught, atomic_folder(tmp_path / "out") as place:
+        write_and_raise(place, OSError(code, os.strerror(code)), 3000)
     assert isinstance(caught.value.__cause__, OSError)
     assert snapshot(tmp_path) == {}
 
@@ -89,10 +92,8 @@ def test_a_full_disk_told_only_in_words(tmp_path):
     """Rust (safetensors) raises its own error with the system's text in it."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    with pytest.raises(OctavoError, match="the disk is full"), atomic_folder(tmp_path / "out") as place:
-        (place / "x").symlink_to("/dev/full")
-        with open(place / "x", "wb") as file:
-            file.write(b"x" * 100000)
+    with pytest.raises(OctavoError, match="the disk is full"), atomic_folder(tmp_path / "out"):
+        Path("/dev/full").write_bytes(b"x" * 100000)
     with pytest.raises(OctavoError, match="the disk is full"), atomic_folder(tmp_path / "out"):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -108,16 +109,14 @@ def test_a_disk_that_is_full_when_flushed(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_is_never_mistaken_for_a_full_disk(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out"):
-        try:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        except OSError:
-            raise KeyboardInterrupt from None
+        raise KeyboardInterrupt from full
 
 
 def test_force_replaces_a_checkpoint(tmp_path):
     out = checkpoint(tmp_path / "out")
-    with pytest.raises(OctavoError, match="not empty.*--force"):
+    with pytest.raises(OctavoError, match=r"not empty.*--force"):
         check_output(out)
     with atomic_folder(out, force=True) as place:
         assert (out / "weights").read_text() == "old"
@@ -209,8 +208,9 @@ with atomic_folder(sys.argv[1], force=True) as place:
 """
 
 
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)])
-def test_a_real_signal_in_the_middle_of_writing(tmp_path, number, code):
+def test_a_real_signal_in_the_middle_of_writing(tmp_path, number, code, times):
     out = checkpoint(tmp_path / "out")
     before = snapshot(tmp_path)
     process = subprocess.Popen(
@@ -218,10 +218,10 @@ def test_a_real_signal_in_the_middle_of_writing(tmp_path, number, code):
     )
     assert process.stdout.readline() == "writing\n"
     assert len(snapshot(tmp_path)) > len(before)
-    process.send_signal(number)
-    process.send_signal(number)  # the impatient press twice
     start = time.monotonic()
-    assert process.wait(timeout=20) == code
+    for _ in range(times):  # the impatient press twice; the second may hit Python on its way out
+        process.send_signal(number)
+    assert process.wait(timeout=20) in ((code,) if times == 1 else (code, -number))
     process.stdout.close()
     assert time.monotonic() - start < 10
     assert snapshot(tmp_path) == before

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_tensors_and_read(model):
     assert back.keys() == TENSORS.keys()
     assert all(torch.equal(back[k].float(), t.float()) for k, t in TENSORS.items())
     assert [name for name, _ in read(model, "a")] == ["a"]
-    with pytest.raises(OctavoError, match="no tensor 'scaler'. Did you mean scalar"):
+    with pytest.raises(OctavoError, match=r"no tensor 'scaler'\. Did you mean scalar"):
         read(model, "scaler")
 
 
@@ -121,14 +122,12 @@ def test_folders_without_the_right_names(tmp_path):
 def test_cut_off_files_name_the_tensor_and_the_bytes(model):
     file = model / "model.safetensors"
     whole = file.read_bytes()
-    last = list(header(file).values())[-1]
     for size in range(len(whole)):
         file.write_bytes(whole[:size])
         with pytest.raises(OctavoError, match=re.escape(str(file))) as caught:
             header(file)
         assert "ownload it again" in str(caught.value)
     assert "is cut off: tensor " in str(caught.value)
-    assert str(last.nbytes) is not None
     file.write_bytes(whole + b"!")
     with pytest.raises(OctavoError, match="bytes of data"):
         header(file)
@@ -213,18 +212,19 @@ def test_other_things_called_safetensors(tmp_path):
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_headers(tmp_path, data):
-    """Whatever passes here, the library opens and reads too."""
+    """Whatever passes the check, the library opens and reads too."""
     file = tmp_path / "model.safetensors"
     save_file(TENSORS, file, {"format": "pt"})
     content = bytearray(file.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     file.write_bytes(content[: data.draw(st.integers(0, len(content))) or None])
-    try:
+    with suppress(OctavoError):
         tensors(tmp_path)
-    except OctavoError:
-        return
-    try:
-        list(read(tmp_path))
-    except OctavoError as error:
-        assert "cannot read tensor" in str(error)
+        passed = True
+        try:
+            for _ in read(tmp_path):
+                pass
+        except OctavoError as error:  # F6 and the like, which torch cannot hold
+            passed = "cannot read tensor" in str(error)
+        assert passed

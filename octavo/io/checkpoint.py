@@ -1,0 +1,318 @@
+"""Save a quantized model as a folder that engines load, and load it back with bit-identical results.
+
+Two layouts. ``compressed-tensors`` is what vLLM and transformers read; it knows INT8 and E4M3FN. ``octavo`` holds every
+scheme: the same folder, with codes and scales under their own names and the schemes in ``octavo.json``; its config
+names the method ``octavo``, so that an engine that cannot read it says so instead of running random weights.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.core.granularity import scale_shape
+from octavo.core.qtensor import QTensor
+from octavo.core.records import from_json, to_json
+from octavo.core.schemes import Scheme
+from octavo.errors import OctavoError
+from octavo.io import compressed_tensors, huggingface, loading, safe_files
+from octavo.io.folder import atomic_folder, did_you_mean
+from octavo.io.safe_files import TensorInfo
+from octavo.nn import swap
+from octavo.nn.linear import QuantizedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LAYOUTS = ("compressed-tensors", "octavo")
+CONFIG = "config.json"
+MANIFEST = "octavo.json"
+VERSION = 1
+SHARD = "5GB"
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def layout_for(model: nn.Module) -> tuple[str, str]:
+    """The layout that most engines read and that can hold this model, and why it is not compressed-tensors, if not."""
+    for name, layer in _quantized(model).items():
+        why = compressed_tensors.obstacle(layer)
+        if why is not None:
+            return "octavo", f"{name}: {why}"
+    if not hasattr(model, "config"):
+        return "octavo", f"{type(model).__name__} is not a transformers model"
+    return "compressed-tensors", ""
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    layout: str = "compressed-tensors",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    force: bool = False,
+) -> None:
+    """Write a quantized model (and its tokenizer) as a checkpoint folder, whole or not at all.
+
+    Raises ``OctavoError`` if nothing is quantized, if a layer cannot be said in the layout, or if ``folder`` is not
+    empty and ``force`` is not given.
+    """
+    if layout not in LAYOUTS:
+        raise OctavoError(f"layout is {' or '.join(LAYOUTS)}, not {layout!r}")
+    layers = _quantized(model)
+    if not layers:
+        raise OctavoError("the model has no 8-bit layer; call octavo.quantize_ first")
+    possible, why = layout_for(model)
+    if layout == "compressed-tensors" and possible != layout:
+        raise OctavoError(f"compressed-tensors cannot hold this model: {why}. Save it with layout='octavo'")
+    if layout == "octavo":
+        state = dict(model.state_dict())
+        method: dict[str, Any] = {"quant_method": "octavo", "note": "open with octavo.load"}
+    else:
+        state = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] not in layers}
+        for name, layer in layers.items():
+            state |= compressed_tensors.tensors(name, layer)
+        method = compressed_tensors.config(layers, model)
+    with atomic_folder(folder, force) as unfinished:
+        if hasattr(model, "config"):
+            _write_config(model, layers, unfinished, method)
+        manifest = {
+            "version": VERSION,
+            "layout": layout,
+            "buffers": _unsaved_buffers(model),
+            "layers": {
+                name: {"scheme": to_json(x.scheme), "dtype": str(x.dtype).removeprefix("torch.")}
+                for name, x in layers.items()
+            },
+        }
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _write_tensors(model, state, unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One 8-bit layer of a folder: its scheme, the model's dtype, how it is laid out, the tensors it is stored in."""
+
+    scheme: Scheme
+    dtype: torch.dtype
+    native: bool
+    parts: list[str]
+
+
+def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Open a folder that ``save`` wrote, or any symmetric 8-bit compressed-tensors checkpoint, for inference.
+
+    ``model``: for a model that is not transformers', the same architecture in float; its layers are replaced in
+    place. Raises ``OctavoError`` on a damaged file, a missing or left-over tensor, or a scheme it does not know.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise OctavoError(f"{path}: no such folder.{did_you_mean(path)}")
+    config = safe_files.read_json(path / CONFIG) if (path / CONFIG).exists() else {}
+    infos = safe_files.tensors(path)
+    manifest = safe_files.read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}
+    plan: Callable[[nn.Module], dict[str, _Stored]]
+    if manifest.get("layout") == "octavo":
+        plan = partial(_plan_native, path, manifest, infos)
+    elif _method(config) == compressed_tensors.METHOD:
+        plan = partial(_plan_compressed, path, config)
+    else:
+        raise OctavoError(
+            f"{path} is {_method(config) or 'not quantized'}; octavo.load opens compressed-tensors and octavo "
+            "checkpoints. Quantize a float checkpoint with octavo.quantize_"
+        )
+    if model is None:
+        model_class, settings = huggingface.architecture(path, config)
+        with torch.device("meta"), loading.transformers_on(path / CONFIG):
+            shapes = model_class(settings)
+        stored = _check_plan(path, plan(shapes), shapes, infos)
+        tensors = dict(safe_files.read(path, *infos))
+        model = _transformers_model(path, model_class, settings, stored, shapes, tensors, infos)
+    else:
+        stored = _check_plan(path, plan(model), model, infos)
+        tensors = dict(safe_files.read(path, *infos))
+        _load_floats(path, model, stored, tensors)
+    layers = {name: layer for layer in swap.layers(model) for name in layer.names}
+    for name, entry in stored.items():
+        layer = layers[name]
+        bias = getattr(layer.module, "bias", None)
+        pieces = {part.rpartition(".")[2]: tensors[part] for part in entry.parts}
+        build = _native_weight if entry.native else compressed_tensors.weight
+        weight = build(name, pieces, entry.scheme, _shape(layer), entry.dtype)
+        swap.replace(model, layer, QuantizedLinear(weight, bias, entry.scheme, layer.transposed))
+    _restore_buffers(model, manifest.get("buffers"))
+    return model.eval()
+
+
+def _plan_native(
+    path: Path, manifest: Mapping[str, Any], infos: Mapping[str, TensorInfo], model: nn.Module
+) -> dict[str, _Stored]:
+    stored = {}
+    try:
+        if manifest["version"] != VERSION:
+            raise OctavoError(f"it is of version {manifest['version']}, this is Octavo for version {VERSION}")
+        for name, told in manifest["layers"].items():
+            scheme, dtype = from_json(told["scheme"]), DTYPES[told["dtype"]]
+            if not isinstance(scheme, Scheme):
+                raise OctavoError(f"layer {name!r} has no scheme")
+            optional = [f"{name}.zero_point"] if f"{name}.zero_point" in infos else []
+            stored[name] = _Stored(scheme, dtype, True, [f"{name}.codes", f"{name}.scale", *optional])
+    except (KeyError, TypeError, AttributeError, OctavoError) as error:
+        raise OctavoError(f"{path / MANIFEST} is damaged: {safe_files.brief(error)}") from error
+    return stored
+
+
+def _plan_compressed(path: Path, config: Mapping[str, Any], model: nn.Module) -> dict[str, _Stored]:
+    linears = {n: x.module for x in swap.layers(model) if x.obstacle is None and not x.transposed for n in x.names}
+    schemes = compressed_tensors.parse(config["quantization_config"], linears, str(path / CONFIG))
+    dtype = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
+    return {n: _Stored(s, dtype, False, compressed_tensors.stored_names(n, s)) for n, s in schemes.items()}
+
+
+def _check_plan(
+    path: Path, stored: dict[str, _Stored], model: nn.Module, infos: Mapping[str, TensorInfo]
+) -> dict[str, _Stored]:
+    layers = {name for layer in swap.layers(model) if layer.obstacle is None for name in layer.names}
+    unknown = [name for name in stored if name not in layers]
+    if unknown or not stored:
+        raise OctavoError(f"{path}: {type(model).__name__} has no linear layer {safe_files.listed(unknown)}")
+    missing = [part for entry in stored.values() for part in entry.parts if part not in infos]
+    if missing:
+        raise OctavoError(f"{path} lacks {len(missing)} tensors: {safe_files.listed(missing)}. Save or download it again")
+    return stored
+
+
+def _transformers_model(
+    path: Path,
+    model_class: Any,
+    settings: Any,
+    stored: Mapping[str, _Stored],
+    shapes: nn.Module,
+    tensors: Mapping[str, Tensor],
+    infos: Mapping[str, TensorInfo],
+) -> nn.Module:
+    """The model with its float tensors loaded; where codes will go stand weights of one number, spread out."""
+    ours = {part for entry in stored.values() for part in entry.parts}
+    state = {name: tensor for name, tensor in tensors.items() if name not in ours}
+    dtype = next(iter(stored.values())).dtype
+    for name in stored:
+        shape = shapes.get_submodule(name).weight.shape
+        state[f"{name}.weight"] = torch.zeros(1, dtype=dtype).expand(shape)
+    model: nn.Module = loading.load(
+        path, model_class, settings, infos.values(), pretrained_model_name_or_path=None, state_dict=state, dtype="auto"
+    )
+    return model
+
+
+def _load_floats(path: Path, model: nn.Module, stored: Mapping[str, _Stored], tensors: Mapping[str, Tensor]) -> None:
+    ours = {part for entry in stored.values() for part in entry.parts}
+    state = {name: tensor for name, tensor in tensors.items() if name not in ours}
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise OctavoError(f"{path} does not fit {type(model).__name__}: {safe_files.brief(error)}") from error
+    lost = [name for name in missing if name.removesuffix(".weight") not in stored]
+    if lost or unexpected:
+        raise OctavoError(
+            f"{path} does not fit {type(model).__name__}: it lacks {safe_files.listed(lost) or 'nothing'}, and has no "
+            f"place for {safe_files.listed(list(unexpected)) or 'nothing'}"
+        )
+
+
+def _native_weight(
+    name: str, pieces: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype
+) -> QTensor:
+    block = scheme.weight.granularity.block(shape)
+    counts = scale_shape(shape, block)
+    expected = {
+        "codes": (scheme.weight.format.code_dtype, shape),
+        "scale": (torch.float32, counts),
+        "zero_point": (torch.int32, counts),
+    }
+    for part, tensor in pieces.items():
+        if (tensor.dtype, tuple(tensor.shape)) != expected[part]:
+            raise OctavoError(
+                f"{name}.{part} is {tensor.dtype} {list(tensor.shape)}, its scheme says {expected[part][0]} "
+                f"{list(expected[part][1])}: the checkpoint is damaged"
+            )
+    if not bool(pieces["scale"].isfinite().all()):
+        raise OctavoError(f"{name}.scale holds NaN or Inf: the checkpoint is damaged")
+    if scheme.weight.affine != ("zero_point" in pieces):
+        raise OctavoError(f"{name} {'lacks' if scheme.weight.affine else 'should not have'} a zero_point")
+    return QTensor(pieces["codes"], pieces["scale"], pieces.get("zero_point"), scheme.weight.format, block, dtype)
+
+
+def _unsaved_buffers(model: nn.Module) -> dict[str, str]:
+    """Dtypes of float buffers that no checkpoint holds, because transformers recomputes them (rotary frequencies).
+
+    It does so in float32; a model that was converted to bfloat16 had them rounded, and its logits show it.
+    """
+    saved = set(model.state_dict())
+    return {
+        name: str(buffer.dtype).removeprefix("torch.")
+        for name, buffer in model.named_buffers()
+        if name not in saved and buffer.is_floating_point()
+    }
+
+
+def _restore_buffers(model: nn.Module, dtypes: Any) -> None:
+    buffers = dict(model.named_buffers())
+    for name, dtype in dtypes.items() if isinstance(dtypes, dict) else ():
+        if name in buffers and dtype in DTYPES:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, buffers[name].to(DTYPES[dtype]))
+
+
+def _shape(layer: swap.Layer) -> tuple[int, int]:
+    rows, cols = layer.weight.shape
+    return (cols, rows) if layer.transposed else (rows, cols)
+
+
+def _quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedLinear)}
+
+
+def _method(config: Mapping[str, Any]) -> str | None:
+    told = config.get("quantization_config")
+    return str(told.get("quant_method")) if isinstance(told, dict) else None
+
+
+def _write_config(model: nn.Module, layers: Mapping[str, QuantizedLinear], folder: Path, method: dict[str, Any]) -> None:
+    settings = model.config
+    settings.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    content = json.loads((folder / CONFIG).read_text())
+    content["architectures"] = [type(model).__name__]
+    content["dtype"] = str(next(iter(layers.values())).dtype).removeprefix("torch.")
+    content["quantization_config"] = method
+    if content.get("tie_word_embeddings") and isinstance(model.get_output_embeddings(), QuantizedLinear):
+        content["tie_word_embeddings"] = False  # the head has codes of its own now
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_tensors(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Shards of at most ``SHARD``; a float tensor that two names share is written once where transformers ties it."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    seen: set[int] = set()
+    content = {}
+    for name, tensor in state.items():
+        if name in tied and tensor.data_ptr() in {t.data_ptr() for n, t in state.items() if n != name}:
+            continue
+        # every name its own bytes: safetensors refuses tensors that share memory
+        content[name] = (tensor.clone() if tensor.data_ptr() in seen else tensor).contiguous()
+        seen.add(tensor.data_ptr())
+    if hasattr(model, "config"):
+        hub = loading.require("huggingface_hub")
+        hub.save_torch_state_dict(content, folder, max_shard_size=SHARD, metadata={"format": "pt"})
+    else:
+        from safetensors.torch import save_file
+
+        save_file(content, folder / safe_files.WEIGHTS, metadata={"format": "pt"})

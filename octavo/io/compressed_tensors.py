@@ -1,0 +1,216 @@
+"""The compressed-tensors layout, which vLLM and transformers load: names, dtypes and the config that describes them.
+
+A linear of [O, I] becomes ``weight`` (F8_E4M3 or I8), ``weight_scale`` in the model's dtype, which multiplies, and
+nothing else when it is symmetric. 8-bit weights without 8-bit inputs are packed four to an int32 (``weight_packed``,
+``weight_shape``). The layout knows INT8 and E4M3FN only; whatever it cannot say is refused before anything is written,
+with the layer's name.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.core import formats
+from octavo.core.cast import Cast
+from octavo.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from octavo.core.qtensor import QTensor
+from octavo.core.scaling import Current
+from octavo.core.schemes import Scheme
+from octavo.errors import OctavoError
+from octavo.nn.linear import QuantizedLinear
+
+METHOD = "compressed-tensors"
+FORMATS = {"float": formats.E4M3FN, "int": formats.INT8}
+TYPES = {fmt: name for name, fmt in FORMATS.items()}
+MIXED = "mixed-precision"
+
+
+def obstacle(layer: QuantizedLinear) -> str | None:
+    """Why this layer cannot be written in the layout, or None."""
+    weight, how = layer.scheme.weight, layer.scheme.input
+    if layer.transposed:
+        return "it is a transformers Conv1D, which no loader of the layout knows"
+    if weight.format not in TYPES:
+        return f"the layout has INT8 and E4M3FN weights, not {weight.format.name}"
+    if weight.affine:
+        return "the layout's engines reject zero points"
+    match weight.granularity:
+        case PerChannel(axis) if axis % 2 == 1:
+            return "the layout has weight scales per output channel, not per input channel"
+        case PerGroup(size) if layer.in_features % size:
+            return f"groups of {size} do not divide its {layer.in_features} inputs"
+    if how is None:
+        if layer.in_features % 4 and weight.format is formats.INT8:
+            return f"four weights are packed to a word, and {layer.in_features} inputs are not a multiple of 4"
+        return None if not isinstance(weight.granularity, PerBlock) else "weights in blocks need inputs in 8 bits"
+    if how.format not in TYPES:
+        return f"the layout has INT8 and E4M3FN inputs, not {how.format.name}"
+    if TYPES[how.format] != TYPES[weight.format]:
+        return f"the layout's engines multiply like with like, not {weight.format.name} with {how.format.name}"
+    if how.affine or how.scale != Current() or how.rounding != "nearest-even":
+        return "the layout knows only plain symmetric dynamic inputs"
+    match how.granularity:
+        case PerToken() | PerTensor():
+            return None
+        case PerGroup(size) if layer.in_features % size == 0:
+            return None
+        case PerGroup(size):
+            return f"groups of {size} do not divide its {layer.in_features} inputs"
+    return f"the layout has no inputs {how.granularity}"
+
+
+def tensors(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
+    """The layer's tensors as the layout names and stores them."""
+    weight = layer.weight
+    content = {f"{name}.weight_scale": _squeeze(weight).to(weight.dtype)}
+    if layer.bias is not None:
+        content[f"{name}.bias"] = layer.bias
+    if _packed(layer.scheme):
+        content[f"{name}.weight_packed"] = (weight.codes.short() + 128).to(torch.uint8).contiguous().view(torch.int32)
+        content[f"{name}.weight_shape"] = torch.tensor(weight.shape)
+    else:
+        is_int = weight.format is formats.INT8
+        content[f"{name}.weight"] = weight.codes if is_int else weight.codes.view(torch.float8_e4m3fn)
+    return content
+
+
+def config(layers: dict[str, QuantizedLinear], model: nn.Module) -> dict[str, Any]:
+    """The ``quantization_config`` for these layers of the model: a group a scheme, all other linears ignored."""
+    groups: dict[Scheme, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(layer.scheme, []).append(name)
+    ignored = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    styles = {_style(scheme) for scheme in groups}
+    described = {}
+    for index, (scheme, names) in enumerate(groups.items()):
+        described[f"group_{index}"] = {
+            "targets": ["Linear"] if len(groups) == 1 else names,
+            "weights": _side(scheme.weight, dynamic=False),
+            "input_activations": None if scheme.input is None else _side(scheme.input, dynamic=True),
+            "output_activations": None,
+            "format": _style(scheme),
+        }
+    return {
+        "quant_method": METHOD,
+        "format": styles.pop() if len(styles) == 1 else MIXED,
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "ignore": ignored,
+        "config_groups": described,
+    }
+
+
+def parse(told: dict[str, Any], linears: dict[str, nn.Module], where: str) -> dict[str, Scheme]:
+    """The scheme of every linear that a ``quantization_config`` quantizes, by module name."""
+    ignore = [str(entry) for entry in told.get("ignore") or []]
+    groups = told.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise OctavoError(f"{where}: quantization_config has no config_groups; the file is incomplete")
+    result: dict[str, Scheme] = {}
+    for key, group in groups.items():
+        try:
+            scheme = Scheme(
+                _cast(group["weights"]), None if (x := group.get("input_activations")) is None else _cast(x)
+            )
+            targets = [str(entry) for entry in group["targets"]]
+        except (KeyError, TypeError, AttributeError, OctavoError) as error:
+            raise OctavoError(f"{where}: config group {key!r} is not one Octavo can run: {error}") from error
+        for name, module in linears.items():
+            if any(_hit(target, name, module) for target in targets) and not any(_hit(e, name, module) for e in ignore):
+                result.setdefault(name, scheme)
+    if not result:
+        raise OctavoError(f"{where}: the config groups of quantization_config match no linear layer of the model")
+    return result
+
+
+def stored_names(name: str, scheme: Scheme) -> list[str]:
+    """The tensors that the layer's weight is stored in."""
+    tail = ["weight_packed", "weight_shape", "weight_scale"] if _packed(scheme) else ["weight", "weight_scale"]
+    return [f"{name}.{part}" for part in tail]
+
+
+def weight(name: str, found: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> QTensor:
+    """The layer's weight [O, I] of its stored tensors. Raises ``OctavoError`` where they do not fit."""
+
+    def check(part: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], *expected: tuple[int, ...]) -> Tensor:
+        if tuple(tensor.shape) not in expected or tensor.dtype not in dtypes:
+            raise OctavoError(
+                f"{name}.{part} is {tensor.dtype} {list(tensor.shape)}; the config says "
+                f"{' or '.join(str(d) for d in dtypes)} {' or '.join(str(list(e)) for e in expected)}"
+            )
+        return tensor
+
+    how = scheme.weight
+    if _packed(scheme):
+        words = check("weight_packed", found["weight_packed"], (torch.int32,), (shape[0], -(-shape[1] // 4)))
+        codes = (words.contiguous().view(torch.uint8).short() - 128).to(torch.int8)[:, : shape[1]].contiguous()
+    elif how.format is formats.INT8:
+        codes = check("weight", found["weight"], (torch.int8,), shape)
+    else:
+        codes = check("weight", found["weight"], (torch.float8_e4m3fn,), shape).view(torch.uint8)
+    block = how.granularity.block(shape)
+    counts = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    flat = [(1,), ()] if counts == (1, 1) else ([counts[:1]] if counts[1] == 1 else [])
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    scale = check("weight_scale", found["weight_scale"], floats, counts, *flat)
+    if not bool(scale.isfinite().all()):
+        raise OctavoError(f"{name}.weight_scale holds NaN or Inf: the checkpoint is damaged")
+    return QTensor(codes, scale.float().reshape(counts), None, how.format, block, dtype)
+
+
+def _packed(scheme: Scheme) -> bool:
+    return scheme.input is None and scheme.weight.format is formats.INT8
+
+
+def _style(scheme: Scheme) -> str:
+    if scheme.input is None:
+        return "pack-quantized" if _packed(scheme) else "naive-quantized"
+    return f"{TYPES[scheme.weight.format]}-quantized"
+
+
+def _squeeze(q: QTensor) -> Tensor:
+    return q.scale.reshape(1) if q.scale.numel() == 1 and max(q.shape) > 1 and q.block == tuple(q.shape) else q.scale
+
+
+def _side(how: Cast, dynamic: bool) -> dict[str, Any]:
+    told: dict[str, Any] = {"num_bits": 8, "type": TYPES[how.format], "symmetric": True, "dynamic": dynamic}
+    match how.granularity:
+        case PerTensor():
+            return told | {"strategy": "tensor"}
+        case PerChannel():
+            return told | {"strategy": "channel"}
+        case PerToken():
+            return told | {"strategy": "token"}
+        case PerGroup(size):
+            return told | {"strategy": "group", "group_size": size}
+        case PerBlock(rows, cols):
+            return told | {"strategy": "block", "block_structure": [rows, cols]}
+
+
+def _cast(told: dict[str, Any]) -> Cast:
+    if told.get("num_bits") != 8 or told.get("type") not in FORMATS or not told.get("symmetric", True):
+        raise OctavoError(f"only symmetric 8-bit numbers of type int or float, not {told}")
+    if told.get("actorder") or told.get("dynamic") not in (True, False):
+        raise OctavoError(f"neither actorder nor partly dynamic scales: {told}")
+    strategy = told.get("strategy") or ("group" if told.get("group_size") else "tensor")
+    if strategy == "block":
+        rows, cols = told["block_structure"]
+        return Cast(FORMATS[told["type"]], PerBlock(rows, cols))
+    if strategy == "group":
+        return Cast(FORMATS[told["type"]], PerGroup(told["group_size"]))
+    plain: dict[str, PerTensor | PerChannel | PerToken] = {
+        "tensor": PerTensor(),
+        "channel": PerChannel(0),
+        "token": PerToken(),
+    }
+    if strategy not in plain:
+        raise OctavoError(f"unknown strategy {strategy!r}")
+    return Cast(FORMATS[told["type"]], plain[strategy])
+
+
+def _hit(target: str, name: str, module: nn.Module) -> bool:
+    if target.startswith("re:"):
+        return re.match(target[3:], name) is not None
+    return target in (name, type(module).__name__)
