@@ -1,8 +1,8 @@
 """How one tensor becomes 8 bits (``Cast``), and the verbs that do it.
 
 ``cast``, ``encode`` and ``decode`` move between numbers and a format's grid. ``quantize`` adds scales: it is
-``calibrate → scale → round → encode`` in that order, and ``fake_quantize`` is the same followed by ``dequantize``, with
-the straight-through gradient of Bengio et al. (1308.3432), so that what is trained, measured and served has the same bits.
+``calibrate → scale → round → encode`` in that order, and ``fake_quantize`` is the same followed by ``dequantize``,
+with the straight-through gradient of Bengio et al. (1308.3432): what is trained, measured and served has the same bits.
 """
 
 from dataclasses import dataclass
@@ -117,7 +117,9 @@ def quantize(x: Tensor, how: Cast, generator: torch.Generator | None = None) -> 
     _check_float(x)
     if not bool(x.isfinite().all()):
         bad = int((~x.isfinite()).sum())
-        raise OctavoError(f"the tensor of shape {list(x.shape)} holds {bad} NaN or Inf; find where they come from first")
+        raise OctavoError(
+            f"the tensor of shape {list(x.shape)} holds {bad} NaN or Inf; find where they come from first"
+        )
     return quantize_unchecked(x, how, generator=generator)
 
 
@@ -146,7 +148,7 @@ def quantize_unchecked(
 
 
 def fake_quantize(x: Tensor, how: Cast | None, generator: torch.Generator | None = None) -> Tensor:
-    """``quantize(x).dequantize()`` in ``x``'s dtype; the gradient passes straight through. ``None`` gives ``x`` back."""
+    """``quantize(x).dequantize()`` in ``x``'s dtype; the gradient passes straight through. ``None`` gives ``x``."""
     if how is None:
         return x
     _check_float(x)

@@ -92,12 +92,12 @@ class FloatFormat:
     def _top_field(self) -> int:
         """The highest exponent field that holds numbers."""
         reserved = self.specials == "ieee" or (self.specials == "fn" and self.mantissa == 0)
-        return 2**self.exponent - 1 - reserved
+        return (1 << self.exponent) - 1 - reserved
 
     @property
     def stretch(self) -> float:
         """``2**-(bias − ⌊bias⌋)``: 1 unless the bias is fractional."""
-        return 2.0 ** (math.floor(self.bias) - self.bias)
+        return math.pow(2.0, math.floor(self.bias) - self.bias)
 
     @property
     def grid(self) -> Grid:
@@ -170,8 +170,8 @@ class FloatFormat:
         if self.specials == "fnuz":
             return self.sign_bit
         if self.specials == "fn":
-            return 2 ** (self.exponent + self.mantissa) - 1
-        return self.infinity_code + 2 ** (self.mantissa - 1)
+            return (1 << (self.exponent + self.mantissa)) - 1
+        return self.infinity_code + (1 << (self.mantissa - 1))
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -200,7 +200,8 @@ class FloatFormat:
             value = value.copysign(torch.where(codes >= self.sign_bit, -1.0, 1.0))
         if self.specials == "fnuz":
             value[self.sign_bit] = math.nan
-        return value * self.stretch
+        table: Tensor = value * self.stretch
+        return table
 
     def table_in(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``table`` in another dtype and place, made once."""
@@ -214,7 +215,8 @@ class FloatFormat:
 
     def values(self) -> Tensor:
         """Every finite value once, ascending, float64."""
-        return self.table[self.table.isfinite()].unique()
+        finite: Tensor = self.table[self.table.isfinite()].unique()
+        return finite
 
     def __str__(self) -> str:
         return self.name
@@ -338,7 +340,8 @@ E2M5 = float_format(2, 5, 2, "none", name="E2M5")
 QUALCOMM_E3M4 = float_format(3, 4, 4, "none", name="QUALCOMM_E3M4")
 QUALCOMM_E4M3 = float_format(4, 3, 8, "none", name="QUALCOMM_E4M3")
 QUALCOMM_E5M2 = float_format(5, 2, 16, "none", name="QUALCOMM_E5M2")
-# IBM: HFP8 (NeurIPS 2019) forward 1-4-3 with bias 11, backward 1-5-2, internal products 1-5-3; 1-6-9 accumulates (1812.08011)
+# IBM: HFP8 (NeurIPS 2019) forward 1-4-3 with bias 11, backward 1-5-2, internal products 1-5-3; and the accumulator
+# 1-6-9 of 2018 (1812.08011)
 HFP8_143 = float_format(4, 3, 11, "fnuz", name="HFP8_143")
 HFP8_152 = float_format(5, 2, 15, "ieee", name="HFP8_152")
 HFP9_153 = float_format(5, 3, 15, "ieee", name="HFP9_153")
@@ -406,4 +409,3 @@ def get(name: "str | torch.dtype | Format") -> Format:
 def eight_bit() -> Iterator[Format]:
     """The catalogue's formats of exactly eight bits that can hold a signed tensor."""
     return (f for f in CATALOGUE if f.bits == 8 and f.signed)
-

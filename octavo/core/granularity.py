@@ -87,7 +87,7 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ..
 
 
 def reduce_blocks(x: Tensor, block: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest element of every block, both of the scale's shape; 0 and 0 where a block is empty."""
+    """The smallest and the largest element of every block, both of the scale's shape; 0 where a block is empty."""
     counts = scale_shape(tuple(x.shape), block)
     if x.numel() == 0:
         return x.new_zeros(counts), x.new_zeros(counts)

@@ -1,6 +1,6 @@
 """The product of two quantized matrices, computed on their codes.
 
-A scale that does not vary along K moves out of the sum, so the inner product runs on small exact numbers: integers on the
+A scale that does not vary along K moves out of the sum, so the inner product runs on small exact numbers: integers on
 integer units, everything else as BF16 with FP32 accumulation, where products of 8-bit formats are exact. Scales that
 do vary along K cut it into stretches over which both operands' scales are constant; each stretch is multiplied so and
 the results are added in FP32, as DeepSeek-V3 (2412.19437) does every 128.

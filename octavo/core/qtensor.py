@@ -42,7 +42,7 @@ class QTensor:
         return sum(t.nbytes for t in (self.codes, self.scale, self.zero_point) if t is not None)
 
     @property
-    def mT(self) -> "QTensor":  # noqa: N802  torch's name
+    def mT(self) -> "QTensor":
         """The last two dimensions swapped, scales and all; no copy."""
         turned = None if self.zero_point is None else self.zero_point.mT
         block = (*self.block[:-2], self.block[-1], self.block[-2])

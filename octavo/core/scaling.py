@@ -58,7 +58,9 @@ def compute_scale(
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     low, high = (edge.to(work) for edge in reduce_blocks(x, block))
     if isinstance(source, Constant):
-        scale = torch.full_like(low, source.value, dtype=torch.float32).where(low.isfinite() & high.isfinite(), math.nan)
+        scale = torch.full_like(low, source.value, dtype=torch.float32).where(
+            low.isfinite() & high.isfinite(), math.nan
+        )
         return scale, torch.zeros_like(scale, dtype=torch.int32) if affine else None
     if not affine:
         amax = torch.maximum(-low, high) if fmt.signed else high
@@ -78,6 +80,10 @@ def _store(scale: Tensor, source: Current, storage: torch.dtype) -> Tensor:
         return torch.exp2(up).where(scale.isfinite(), scale).float()
     if storage == torch.float64:
         storage = torch.float32
-    return scale.clamp(max=torch.finfo(storage).max).where(scale.isfinite(), scale).to(storage).clamp(
-        min=torch.finfo(storage).tiny
-    ).float()
+    return (
+        scale.clamp(max=torch.finfo(storage).max)
+        .where(scale.isfinite(), scale)
+        .to(storage)
+        .clamp(min=torch.finfo(storage).tiny)
+        .float()
+    )

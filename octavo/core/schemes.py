@@ -16,7 +16,7 @@ from octavo.errors import OctavoError
 
 @dataclass(frozen=True)
 class Scheme:
-    """One layer at inference: how its weight [out, in] and its input […, in] are cast; ``input=None`` is weight-only."""
+    """One layer at inference: how its weight [out, in] and input […, in] are cast; ``input=None`` is weight-only."""
 
     weight: Cast
     input: Cast | None = None

@@ -184,7 +184,9 @@ def _check_plan(
         raise OctavoError(f"{path}: {type(model).__name__} has no linear layer {safe_files.listed(unknown)}")
     missing = [part for entry in stored.values() for part in entry.parts if part not in infos]
     if missing:
-        raise OctavoError(f"{path} lacks {len(missing)} tensors: {safe_files.listed(missing)}. Save or download it again")
+        raise OctavoError(
+            f"{path} lacks {len(missing)} tensors: {safe_files.listed(missing)}. Save or download it again"
+        )
     return stored
 
 
@@ -202,8 +204,9 @@ def _transformers_model(
     state = {name: tensor for name, tensor in tensors.items() if name not in ours}
     dtype = next(iter(stored.values())).dtype
     for name in stored:
-        shape = shapes.get_submodule(name).weight.shape
-        state[f"{name}.weight"] = torch.zeros(1, dtype=dtype).expand(shape)
+        weight = shapes.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        state[f"{name}.weight"] = torch.zeros(1, dtype=dtype).expand(weight.shape)
     model: nn.Module = loading.load(
         path, model_class, settings, infos.values(), pretrained_model_name_or_path=None, state_dict=state, dtype="auto"
     )
@@ -283,7 +286,9 @@ def _method(config: Mapping[str, Any]) -> str | None:
     return str(told.get("quant_method")) if isinstance(told, dict) else None
 
 
-def _write_config(model: nn.Module, layers: Mapping[str, QuantizedLinear], folder: Path, method: dict[str, Any]) -> None:
+def _write_config(
+    model: Any, layers: Mapping[str, QuantizedLinear], folder: Path, method: dict[str, Any]
+) -> None:
     settings = model.config
     settings.save_pretrained(folder)
     generation = getattr(model, "generation_config", None)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from octavo.core import formats
 from octavo.core.cast import Cast
+from octavo.core.formats import Format
 from octavo.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from octavo.core.qtensor import QTensor
 from octavo.core.scaling import Current
@@ -22,8 +23,8 @@ from octavo.errors import OctavoError
 from octavo.nn.linear import QuantizedLinear
 
 METHOD = "compressed-tensors"
-FORMATS = {"float": formats.E4M3FN, "int": formats.INT8}
-TYPES = {fmt: name for name, fmt in FORMATS.items()}
+FORMATS: dict[str, Format] = {"float": formats.E4M3FN, "int": formats.INT8}
+TYPES: dict[Format, str] = {fmt: name for name, fmt in FORMATS.items()}
 MIXED = "mixed-precision"
 
 

@@ -87,5 +87,8 @@ def empty(
     """A layer of the right shapes to load a checkpoint into."""
     weight = torch.zeros(out_features, in_features, dtype=dtype)
     return QuantizedLinear(
-        quantize_unchecked(weight, scheme.weight, dtype), torch.zeros(out_features, dtype=dtype) if bias else None, scheme, transposed
+        quantize_unchecked(weight, scheme.weight, dtype),
+        torch.zeros(out_features, dtype=dtype) if bias else None,
+        scheme,
+        transposed,
     )

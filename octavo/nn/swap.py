@@ -68,7 +68,12 @@ def layers(model: nn.Module) -> list[Layer]:
 def replace(model: nn.Module, layer: Layer, new: nn.Module) -> None:
     """Put ``new`` under every name of the layer, with its mode and its forward hooks."""
     new.train(layer.module.training)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+    for hooks in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    ):
         getattr(new, hooks).update(getattr(layer.module, hooks))
     for name in layer.names:
         parent_name, _, attribute = name.rpartition(".")

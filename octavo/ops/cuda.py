@@ -18,7 +18,7 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def float_mm(a: Tensor, b: Tensor) -> Tensor:
-    """cuBLAS BF16 with an FP32 result; float32 operands multiply as they are."""
+    """BF16 on cuBLAS with an FP32 result; float32 operands multiply as they are."""
     if a.dtype == b.dtype == torch.bfloat16 and 0 not in (*a.shape, *b.shape):
         return torch.mm(a, b.mT, out_dtype=torch.float32)
     return a.float() @ b.float().mT

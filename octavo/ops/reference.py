@@ -17,7 +17,7 @@ def pow2(exponent: Tensor) -> Tensor:
 
 
 def exponent_of(magnitude: Tensor, least: int) -> Tensor:
-    """max(⌊log2 magnitude⌋, least), exactly; capped at 1000, far above any format, so that powers of two stay finite."""
+    """max(⌊log2 magnitude⌋, least), exactly; capped at 1000, far above any format: powers of two stay finite."""
     exponent = torch.frexp(magnitude)[1].long() - 1
     return exponent.where(magnitude > 0, least).clamp(least, 1000)
 

@@ -27,9 +27,7 @@ LIBRARY.define(
     "cast(Tensor x, int mantissa, int emin, float low, float high, str rounding, str overflow, bool flush, "
     "bool negative_zero, Tensor? noise) -> Tensor"
 )
-LIBRARY.define(
-    "encode(Tensor x, int mantissa, int emin, int first, int bits, bool signed, int inf, int nan) -> Tensor"
-)
+LIBRARY.define("encode(Tensor x, int mantissa, int emin, int first, int bits, bool signed, int inf, int nan) -> Tensor")
 LIBRARY.define("decode(Tensor codes, Tensor table) -> Tensor")
 LIBRARY.define("int_mm(Tensor a, Tensor b) -> Tensor")
 LIBRARY.define("float_mm(Tensor a, Tensor b) -> Tensor")
@@ -125,7 +123,8 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 def float_mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T`` of bfloat16 or float32 [M, K] and [N, K] with FP32 accumulation, in float32 [M, N].
 
-    bfloat16 products are exact in FP32, and every value of an 8-bit format is exact in bfloat16: this is the FP8 matmul.
+    bfloat16 products are exact in FP32, and every value of an 8-bit format is exact in bfloat16: so this
+    multiplies FP8.
     Kernels differ from the exact sum by at most ``K · 2**-24 · (|a| @ |b|.T)``, the bound of FP32 summation.
     """
     result: Tensor = torch.ops.octavo.float_mm(a, b)

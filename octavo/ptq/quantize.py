@@ -24,7 +24,7 @@ Track = Callable[[list[T], str], Iterable[T]]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: its scheme in words (None if left alone, then ``reason`` says why), bytes, and the weight's SQNR in dB."""
+    """One layer: its scheme in words (None if left alone; ``reason`` says why), bytes, and the weight's SQNR in dB."""
 
     name: str
     kind: str
@@ -95,7 +95,7 @@ def quantize_(model: nn.Module, rules: Rules, *, track: "Track[Layer] | None" = 
     for layer, _ in chosen:
         _check(layer)
     before = model_bytes(model)
-    reports = {layer: LayerReport(layer.name, layer.kind, None, str(verdict[layer]), layer.nbytes, layer.nbytes) for layer in found}
+    reports = {x: LayerReport(x.name, x.kind, None, str(verdict[x]), x.nbytes, x.nbytes) for x in found}
     notes = _notes(model, [layer for layer, _ in chosen])
     todo = [layer for layer, _ in chosen]
     shared: dict[tuple[int, Scheme], linear.QuantizedLinear] = {}
@@ -123,7 +123,7 @@ def model_bytes(model: nn.Module) -> int:
 
 def _check(layer: Layer) -> None:
     if layer.weight.is_meta:
-        raise OctavoError(f"{layer.name} is on the meta device and holds no numbers; load the weights before quantizing")
+        raise OctavoError(f"{layer.name} is on the meta device and holds no numbers; load the weights first")
     for name, tensor in (("weight", layer.weight), ("bias", getattr(layer.module, "bias", None))):
         if tensor is not None and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())

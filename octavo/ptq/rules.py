@@ -90,7 +90,7 @@ def assign(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Layer
 
 
 def output_heads(model: nn.Module, found: Sequence[Layer]) -> set[nn.Module]:
-    """The layers that make logits: what transformers calls output embeddings, or shares its weight with an embedding."""
+    """The layers that make logits: transformers' output embeddings, or those that share an embedding's weight."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads = {x.module for x in found if x.obstacle is None and id(x.module.weight) in tables}
     heads |= {x.module for x in found if any(n.rpartition(".")[2] in HEAD_NAMES for n in x.names)}
@@ -114,5 +114,5 @@ def _nothing(rules: Sequence[Rule], verdict: Mapping[Layer, Scheme | str]) -> Oc
     reasons: dict[str, list[str]] = {}
     for layer, why in verdict.items():
         reasons.setdefault(str(why), []).append(layer.name or "the model itself")
-    listed = "; ".join(f"{why}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}" for why, names in reasons.items())
+    listed = "; ".join(f"{why}: {', '.join(xs[:3])}{' …' if len(xs) > 3 else ''}" for why, xs in reasons.items())
     return OctavoError(f"nothing to quantize: {listed or 'the model has no parameters'}")
