@@ -8,6 +8,9 @@ the results are added in FP32, as DeepSeek-V3 (2412.19437) does every 128.
 Zero points come out of the sum as well: ``Σ(x − z)(w − u) = Σxw − zΣw − uΣx + Kzu`` (1712.05877).
 """
 
+from itertools import pairwise
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -46,38 +49,42 @@ def matmul(a: "Tensor | QTensor", b: "Tensor | QTensor", lhs: Cast | None = None
 
 
 def multiply(a: QTensor, b: QTensor) -> Tensor:
-    """``a @ b.T`` of a [M, K] and b [N, K], in float32: the product of a layer's input and its weight."""
+    """``a @ b.T`` of a [M, K] and b [N, K], in float32: the product of a layer's input and its weight.
+
+    Exact products and FP32 sums for formats of at most 8 bits; wider ones multiply in FP32, where products round too.
+    """
     integers = all(isinstance(q.format, IntegerFormat) and q.format.bits <= 8 for q in (a, b))
     exact = a.format.exact_in_bfloat16 and b.format.exact_in_bfloat16
     (m, k), n = a.shape, b.shape[0]
-    result = torch.zeros(m, n, dtype=torch.float32, device=a.device)
     if integers:
-        left, right = _signed(a), _signed(b)
+        (x, zx), (w, zw) = _signed(a), _signed(b)
     else:
-        left, right = ((q.numbers(torch.bfloat16 if exact else torch.float32), None) for q in (a, b))
+        (x, zx), (w, zw) = ((q.numbers(torch.bfloat16 if exact else torch.float32), None) for q in (a, b))
+    total: Tensor | None = None
     edges = sorted({*range(0, k, a.block[1] or 1), *range(0, k, b.block[1] or 1), *range(0, k, LONGEST), k})
-    for start, stop in zip(edges, edges[1:], strict=False):
-        at, bt = (_column(q.scale, q, start) for q in (a, b))
-        x, w = left[0][:, start:stop], right[0][:, start:stop]
-        product = _integer(x, w, left[1], right[1], a, b, start).float() if integers else ops.float_mm(x, w)
-        product = product.mul_(at).mul_(bt.mT)
-        result = product if start == 0 else result.add_(product)
-    return result
+    for start, stop in pairwise(edges):
+        left, right = x[:, start:stop], w[:, start:stop]
+        if integers:
+            product = _integer(left, right, _column(zx, a, start), _column(zw, b, start)).float()
+        else:
+            product = ops.float_mm(left, right)
+        product = product.mul_(_column(a.scale, a, start)).mul_(_column(b.scale, b, start).mT)
+        total = product if total is None else total.add_(product)
+    return torch.zeros(m, n, dtype=torch.float32, device=a.device) if total is None else total
 
 
-def _integer(x: Tensor, w: Tensor, zx: Tensor | None, zw: Tensor | None, a: QTensor, b: QTensor, start: int) -> Tensor:
+def _integer(x: Tensor, w: Tensor, zx: Tensor | None, zw: Tensor | None) -> Tensor:
+    """``(x − zx) @ (w − zw).T`` of int8 codes, exactly: int32, or int64 where zero points make it larger."""
     total = ops.int_mm(x, w)
     if zx is None and zw is None:
         return total
     total = total.long()
-    left = None if zx is None else _column(zx, a, start).long()
-    right = None if zw is None else _column(zw, b, start).long().mT
-    if left is not None:
-        total -= left * w.sum(1, dtype=torch.int64)
-    if right is not None:
-        total -= x.sum(1, keepdim=True, dtype=torch.int64) * right
-    if left is not None and right is not None:
-        total += x.shape[1] * left * right
+    if zx is not None:
+        total -= zx.long() * w.sum(1, dtype=torch.int64)
+    if zw is not None:
+        total -= x.sum(1, keepdim=True, dtype=torch.int64) * zw.long().mT
+    if zx is not None and zw is not None:
+        total += x.shape[1] * zx.long() * zw.long().mT
     return total
 
 
@@ -90,8 +97,14 @@ def _signed(q: QTensor) -> tuple[Tensor, Tensor | None]:
     return moved, zero_point - 128
 
 
-def _column(values: Tensor, q: QTensor, start: int) -> Tensor:
+@overload
+def _column(values: Tensor, q: QTensor, start: int) -> Tensor: ...
+@overload
+def _column(values: None, q: QTensor, start: int) -> None: ...
+def _column(values: Tensor | None, q: QTensor, start: int) -> Tensor | None:
     """The scales (or zero points) that hold from column ``start`` on, [rows, 1] or [1, 1]."""
+    if values is None:
+        return None
     index = start // q.block[1] if values.shape[1] > 1 else 0
     column = values[:, index : index + 1]
     return expand_blocks(column, (q.shape[0], 1), (q.block[0], 1)) if column.shape[0] > 1 else column

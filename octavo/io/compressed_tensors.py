@@ -64,8 +64,9 @@ def obstacle(layer: QuantizedLinear) -> str | None:
 
 def tensors(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
     """The layer's tensors as the layout names and stores them."""
-    weight = layer.weight
-    content = {f"{name}.weight_scale": _squeeze(weight).to(weight.dtype)}
+    weight = layer.quantized_weight
+    whole = layer.scheme.weight.granularity == PerTensor()  # then the layout has one dimension
+    content = {f"{name}.weight_scale": (weight.scale.reshape(1) if whole else weight.scale).to(weight.dtype)}
     if layer.bias is not None:
         content[f"{name}.bias"] = layer.bias
     if _packed(layer.scheme):
@@ -169,10 +170,6 @@ def _style(scheme: Scheme) -> str:
     if scheme.input is None:
         return "pack-quantized" if _packed(scheme) else "naive-quantized"
     return f"{TYPES[scheme.weight.format]}-quantized"
-
-
-def _squeeze(q: QTensor) -> Tensor:
-    return q.scale.reshape(1) if q.scale.numel() == 1 and max(q.shape) > 1 and q.block == tuple(q.shape) else q.scale
 
 
 def _side(how: Cast, dynamic: bool) -> dict[str, Any]:

@@ -43,17 +43,22 @@ class QuantizedLinear(nn.Module):
         self.requires_grad_(False)
 
     @property
-    def weight(self) -> QTensor:
-        """The weight as a record."""
+    def weight(self) -> Tensor:
+        """The weight as a float tensor, for models that read it past ``forward``; made anew each time."""
+        return self.quantized_weight.dequantize().T if self.transposed else self.quantized_weight.dequantize()
+
+    @property
+    def quantized_weight(self) -> QTensor:
+        """The weight [out, in] as codes and scales."""
         return QTensor(self.codes, self.scale, self.zero_point, self.scheme.weight.format, self.block, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` […, in] to […, out], in ``x``'s dtype."""
         how = self.scheme.input
         if how is None:
-            return F.linear(x, self.weight.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            return F.linear(x, self.quantized_weight.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         rows = quantize_unchecked(x.reshape(-1, self.in_features), how)
-        y = multiply(rows, self.weight)
+        y = multiply(rows, self.quantized_weight)
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)

@@ -6,6 +6,7 @@ A layer is what ``named_modules`` finds under one or several names; all names of
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.nn.linear import QuantizedLinear
@@ -59,7 +60,8 @@ def layers(model: nn.Module) -> list[Layer]:
         if isinstance(module, QuantizedLinear):
             found.append(Layer(tuple(known_as), module, "already quantized"))
         elif next(module.parameters(recurse=False), None) is not None:
-            found.append(Layer(tuple(known_as), module, readers.get(module) or _obstacle(module)))
+            alone = "the model is this one layer; put it into nn.Sequential" if module is model else None
+            found.append(Layer(tuple(known_as), module, readers.get(module) or _obstacle(module) or alone))
         elif isinstance(module, nn.Linear):  # parametrized: its parameters live one level below
             found.append(Layer(tuple(known_as), module, _obstacle(module)))
     return found
@@ -98,11 +100,27 @@ def _obstacle(module: nn.Module) -> str | None:
     if not isinstance(module, nn.Linear):
         matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
         return f"{type(module).__name__} is not a linear layer" if matrix else "no matrix"
-    if type(module).forward is not nn.Linear.forward:
-        return f"{type(module).__name__} overrides Linear.forward"
+    if type(module).forward is not nn.Linear.forward and not _computes_linear(module):
+        return f"{type(module).__name__} overrides Linear.forward with something else"
     if not module.weight.is_floating_point() or torch.finfo(module.weight.dtype).bits < 16:
         return f"its weight is {module.weight.dtype}".replace("torch.", "")
     return None
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether a class with a forward of its own (Falcon's) still computes ``x Wᵀ + b``, tried on two rows."""
+    weight, bias = module.weight, module.bias
+    if weight.is_meta:
+        return False
+    x = torch.linspace(-1, 1, 2 * module.in_features, dtype=torch.float32).view(2, -1).to(weight.device, weight.dtype)
+    try:
+        y = module(x)
+    except Exception:  # it wants something else than rows
+        return False
+    expected = F.linear(x, weight, bias)
+    close = isinstance(y, Tensor) and y.shape == expected.shape and y.dtype == expected.dtype
+    return close and torch.allclose(y, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max() + 1e-6))
 
 
 def _read_by_their_parent(model: nn.Module) -> dict[nn.Module, str]:

@@ -63,6 +63,13 @@ def encode(x: Tensor, mantissa: int, emin: int, first: int, bits: int, signed: b
     return code.to(code_dtype(bits))
 
 
+def decode(codes: Tensor, table: Tensor) -> Tensor:
+    """One pass over the codes, natively where the table is one of 8-bit codes in bfloat16."""
+    codes = codes.contiguous()
+    fast = native.decode(codes, table)
+    return reference.decode(codes, table) if fast is None else fast
+
+
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """``torch._int_mm``: VNNI or AMX. It wants its second operand as a transposed view, which ``b.T`` is."""
     if 0 in (*a.shape, *b.shape):
@@ -79,5 +86,5 @@ def float_mm(a: Tensor, b: Tensor) -> Tensor:
     return reference.float_mm(a, b)
 
 
-for _op in (cast, encode, int_mm, float_mm):
+for _op in (cast, encode, decode, int_mm, float_mm):
     LIBRARY.impl(_op.__name__, _op, "CPU")

@@ -1,4 +1,4 @@
-/* Octavo's CPU kernels: the cast onto a number grid, and a bfloat16 matrix product.
+/* Octavo's CPU kernels: the cast onto a number grid, the look-up of codes, and a bfloat16 matrix product.
  *
  * Plain C11 without torch's headers, so that any `cc` builds it in a second or two. One file serves every x86-64:
  * a kernel is compiled once per instruction set by __attribute__((target)) and chosen at run time; any other
@@ -159,6 +159,13 @@ void octavo_cast(const void *x, const float *noise, void *y, int64_t n, int bf16
     for (int64_t i = 0; i < n; i += BLOCK)
         cast((const char *)x + i * size, noise ? noise + i : NULL, (char *)y + i * size,
              n - i < BLOCK ? n - i : BLOCK, g);
+}
+
+/* ---- decode: one of 256 values, two bytes wide, for every code -------------------------------------------------- */
+
+void octavo_decode16(const uint8_t *codes, const uint16_t *table, uint16_t *y, int64_t n, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (n > 1 << 15)
+    for (int64_t i = 0; i < n; i++) y[i] = table[codes[i]];
 }
 
 /* ---- gemm -------------------------------------------------------------------------------------------------------

@@ -112,6 +112,17 @@ def cast(
     return y
 
 
+def decode(codes: Tensor, table: Tensor) -> Tensor | None:
+    """``table[codes]`` of uint8 codes in a table of 256 bfloat16, or None if the kernel does not take this call."""
+    lib = library()
+    served = table.dtype == torch.bfloat16 and table.shape == (256,) and codes.dtype == torch.uint8
+    if lib is None or not served or not all(_plain(t) and t.is_contiguous() for t in (codes, table)):
+        return None
+    y = torch.empty(codes.shape, dtype=torch.bfloat16)
+    lib.octavo_decode16(codes.data_ptr(), table.data_ptr(), y.data_ptr(), codes.numel(), torch.get_num_threads())
+    return y
+
+
 def gemm_bf16(a: Tensor, b: Tensor) -> Tensor | None:
     """``a @ b.T`` of bfloat16 [M, K] and [N, K] in float32, or None if the kernel does not take this call.
 
@@ -278,6 +289,8 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.octavo_isa.restype = number
     lib.octavo_cast.argtypes = (pointer, pointer, pointer, count, number, ctypes.POINTER(_Grid), number, number)
     lib.octavo_cast.restype = None
+    lib.octavo_decode16.argtypes = (pointer, pointer, pointer, count, number)
+    lib.octavo_decode16.restype = None
     lib.octavo_gemm_bf16.argtypes = (pointer, count, pointer, count, pointer, count, count, count, number)
     lib.octavo_gemm_bf16.restype = None
     return lib

@@ -106,9 +106,8 @@ def quantize_(model: nn.Module, rules: Rules, *, track: "Track[Layer] | None" = 
         new = linear.from_float(layer.weight, bias, scheme, layer.transposed)
         twin = shared.setdefault((id(layer.weight), scheme), new)
         if twin is not new:  # one weight under two layers stays one weight
-            new = linear.QuantizedLinear(twin.weight, bias, scheme, layer.transposed)
-        original = layer.weight.detach().T if layer.transposed else layer.weight.detach()
-        quality = sqnr(original, new.weight.dequantize())
+            new = linear.QuantizedLinear(twin.quantized_weight, bias, scheme, layer.transposed)
+        quality = sqnr(layer.weight, new.weight)
         swap.replace(model, layer, new)
         after = sum(t.nbytes for t in new.buffers())
         reports[layer] = LayerReport(layer.name, layer.kind, describe(scheme), "", layer.nbytes, after, quality)

@@ -382,3 +382,19 @@ def test_torch_and_we_share_one_openmp():
     with open("/proc/self/maps") as maps:
         files = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line}
     assert len(files) == 1
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5), (300, 301)])
+def test_decode_looks_up_every_code(shape):
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8)
+    table = torch.randn(256).bfloat16()
+    assert torch.equal(native.decode(codes, table), table[codes.int()])
+
+
+@needs_library
+def test_decode_leaves_other_tables_to_the_law():
+    codes = torch.zeros(4, dtype=torch.uint8)
+    assert native.decode(codes, torch.zeros(64, dtype=torch.bfloat16)) is None  # a 6-bit format: codes could miss it
+    assert native.decode(codes, torch.zeros(256)) is None
+    assert native.decode(codes.int(), torch.zeros(256, dtype=torch.bfloat16)) is None

@@ -1,0 +1,1 @@
+"""Measurements, side by side in one run. ``python -m benchmarks.run`` makes every table of the README and docs/."""

@@ -1,0 +1,130 @@
+"""What the command line says of schemes, and how its flags become rules.
+
+The names are repeated here in words, because help must not wait for torch; a test holds them to ``octavo.schemes``.
+"""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from octavo.core.schemes import Scheme
+    from octavo.ptq.rules import Rule
+
+DEFAULT = "int8-dynamic"
+SCHEMES = {
+    "int8-dynamic": "INT8 weights and inputs, a scale a channel and a token: fast nearly everywhere",
+    "fp8-dynamic": "FP8 (E4M3FN) weights and inputs, the same scales: fast on new GPUs",
+    "int8-weight-only": "INT8 weights; inputs and arithmetic stay as they are: safest, saves memory only",
+    "fp8-weight-only": "FP8 weights; inputs and arithmetic stay as they are",
+    "fp8-block": "FP8 as in DeepSeek-V3: a scale for 128 × 128 weights and 128 inputs",
+    "int8-group64": "INT8 with a scale for every 64 numbers: the accurate one",
+    "e3m4-int8-group64": "INT8 weights, E3M4 inputs, a scale for every 64: for inputs with outliers",
+    "e5m2-dynamic": "E5M2 (wide range, 2 bits of precision), for experiments",
+    "e3m4-dynamic": "E3M4 (4 bits of precision), for experiments",
+    "e2m5-dynamic": "E2M5 (5 bits of precision), for experiments",
+    "e5m2-weight-only": "E5M2 weights",
+    "e3m4-weight-only": "E3M4 weights",
+    "e2m5-weight-only": "E2M5 weights",
+}
+SCHEMES_HELP = "schemes, what becomes of a layer:\n" + "\n".join(f"  {k:<18} {v}" for k, v in SCHEMES.items())
+NONE = "none"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which layer becomes what."""
+    group = parser.add_argument_group("what becomes of the layers")
+    group.add_argument(
+        "--scheme",
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"for all linear layers but the output head (default: {DEFAULT}); 'none' leaves it to --rule",
+    )
+    group.add_argument("--weights", metavar="FORMAT", help="another number format for the weights, see `octavo formats`")
+    group.add_argument("--inputs", metavar="FORMAT", help="another one for the inputs, or 'none': weights only")
+    group.add_argument("--weight-group", type=positive, metavar="N", help="a scale for every N weights of a row")
+    group.add_argument("--input-group", type=positive, metavar="N", help="a scale for every N inputs of a token")
+    group.add_argument(
+        "--rule",
+        dest="rules",
+        action="append",
+        default=[],
+        type=_rule,
+        metavar="'NAMES=SCHEME'",
+        help="another scheme, or 'none', for layers whose name fits, as '*.down_proj=fp8-dynamic'; may be repeated, "
+        "the first rule that fits decides. The output head becomes 8-bit only by its exact name: 'lm_head=int8-dynamic'",
+    )
+    group.add_argument(
+        "--skip",
+        dest="rules",
+        action="append",
+        type=lambda pattern: (pattern, NONE),
+        metavar="NAMES",
+        help="leave the layers whose name fits alone, as '*.layers.0.*'; short for --rule 'NAMES=none'",
+    )
+
+
+def rules(arguments: argparse.Namespace) -> "list[Rule]":
+    """The rules that the flags describe, the general scheme last. Raises ``OctavoError`` before any model is opened."""
+    from octavo.core import schemes
+    from octavo.ptq.rules import Rule
+
+    made = [Rule(None if name == NONE else schemes.get(name), pattern) for pattern, name in arguments.rules]
+    if arguments.scheme.lower() != NONE:
+        return [*made, Rule(changed(schemes.get(arguments.scheme), arguments))]
+    if given := _changes(arguments):
+        raise OctavoError(f"{given[0]} changes the general scheme, and --scheme none says there is none")
+    if all(rule.scheme is None for rule in made):
+        raise OctavoError("--scheme none leaves every layer alone; say which become what: --rule 'NAMES=SCHEME'")
+    return made
+
+
+def changed(base: "Scheme", arguments: argparse.Namespace) -> "Scheme":
+    """The scheme with another format or another group, as the flags say."""
+    from octavo.core import schemes
+    from octavo.core.granularity import PerBlock, PerGroup
+
+    given = _changes(arguments)
+    if not given:
+        return base
+    if isinstance(base.weight.granularity, PerBlock):
+        raise OctavoError(
+            f"{given[0]} does not go with --scheme {arguments.scheme}, whose scales lie in tiles. "
+            "Leave it out, or begin with int8-dynamic or fp8-dynamic"
+        )
+
+    def group(asked: int | None, cast: Any) -> int | None:
+        if asked is not None or cast is None or not isinstance(cast.granularity, PerGroup):
+            return asked
+        return int(cast.granularity.size)
+
+    weight = arguments.weights or base.weight.format
+    weight_group = group(arguments.weight_group, base.weight)
+    weight_only = arguments.inputs.lower() == NONE if arguments.inputs else base.input is None
+    if weight_only:
+        if arguments.input_group is not None:
+            raise OctavoError("--input-group groups inputs in 8 bits, and here they stay in float. Name --inputs FORMAT")
+        return schemes.weight_only(weight, weight_group)
+    like_weights = base.input is None or base.input.format == base.weight.format
+    own = None if like_weights or base.input is None else base.input.format
+    return schemes.dynamic(weight, arguments.inputs or own, weight_group, group(arguments.input_group, base.input))
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not {text!r}")
+    return int(text)
+
+
+def _changes(arguments: argparse.Namespace) -> list[str]:
+    flags = ("weights", "inputs", "weight_group", "input_group")
+    return [f"--{flag.replace('_', '-')}" for flag in flags if getattr(arguments, flag) is not None]
+
+
+def _rule(text: str) -> tuple[str, str]:
+    pattern, equals, scheme = text.rpartition("=")
+    if not (equals and pattern.strip() and scheme.strip()):
+        raise argparse.ArgumentTypeError(f"is NAMES=SCHEME or NAMES=none, as '*.down_proj=fp8-dynamic', not {text!r}")
+    return pattern.strip(), scheme.strip().lower()

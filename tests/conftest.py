@@ -1,0 +1,33 @@
+"""What all tests share: fixed seeds, no network, one thread a worker, and no deadlines on a busy machine."""
+
+import os
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import torch  # noqa: E402  after the environment is set
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+settings.register_profile(
+    "octavo",
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("octavo")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers with several threads each only wait for one another
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(1234)
