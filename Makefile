@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test format results clean
+.PHONY: demo test format benchmarks clean
 
 demo: $(READY)  ## quantize SmolLM2-135M to INT8 and show what it cost
 	$(BIN)/octavo quantize demo --scheme int8-dynamic --out smollm2-int8 --force
@@ -19,7 +19,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-results: $(READY)  ## make the tables of the README and docs/
+benchmarks: $(READY)  ## make the tables of the README and docs/
 	$(BIN)/python -m benchmarks.run
 
 clean:

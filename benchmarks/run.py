@@ -1,4 +1,4 @@
-"""``python -m benchmarks.run [casts matmuls demo]``: measure, print the tables, write docs/results.md and .json."""
+"""``python -m benchmarks.run [casts matmuls demo]``: measure, print the tables, write docs/benchmarks.md and .json."""
 
 import contextlib
 import io
@@ -30,8 +30,8 @@ def main(names: list[str]) -> None:
     here = machine.examine(rows=(), repeats=0)
     results: dict[str, Any] = {"processor": here.processor, "torch": here.torch, "octavo": ov.__version__}
     pages = [
-        "# Results",
-        "Made by `python -m benchmarks.run` (`make results`). Machines are noisy: compare ratios within a table.\n",
+        "# Benchmarks",
+        "Made by `python -m benchmarks.run` (`make benchmarks`). Machines are noisy: compare ratios within a table.\n",
         f"{here.processor}; {here.threads} threads; torch {here.torch}; {here.native.split(',')[0]}.\n",
     ]
     for name in names or PARTS:
@@ -43,8 +43,8 @@ def main(names: list[str]) -> None:
             print()
         pages += [f"## {name.capitalize()}", (module.__doc__ or "").strip() + "\n", tee.getvalue()]
     if not names:
-        (DOCS / "results.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
-        (DOCS / "results.md").write_text("\n".join(pages).rstrip() + "\n")
+        (DOCS / "benchmarks.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
+        (DOCS / "benchmarks.md").write_text("\n".join(pages).rstrip() + "\n")
         picture.draw(results["demo"], DOCS / "schemes.png")
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from octavo.errors import OctavoError
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PIPE_WIDTH = 100_000  # columns: nothing is ever folded or cut for a reader that is not a terminal
+LABEL = 12  # columns for what a fact is called
 COLOURS = {"error": "31", "note": "33"}
 
 
@@ -32,7 +32,15 @@ class Screen:
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
         self.seconds: dict[str, float] = {}
-        self.written: Path | None = None  # what an interruption can no longer undo
+        self.written: str | None = None  # what an interruption can no longer undo
+
+    def check(self) -> None:
+        """Raise ``OctavoError`` at once if what this screen will need is not installed."""
+        if not self.as_json or sys.stderr.isatty():
+            try:
+                import rich  # noqa: F401
+            except ImportError:
+                raise OctavoError("tables and progress bars need rich: pip install 'octavo[cli]'") from None
 
     @cached_property
     def out(self) -> "Console":
@@ -44,17 +52,30 @@ class Screen:
         """Columns of the terminal; 80 for whoever reads a pipe."""
         return self.out.width if sys.stdout.isatty() else 80
 
-    def say(self, *things: Any, style: str | None = None) -> None:
-        """Print text or rich renderables, unless the answer is to be JSON."""
+    def say(self, thing: Any = "", style: str | None = None, whole: bool = False) -> None:
+        """Print text or a rich renderable, unless the answer is to be JSON; ``whole`` lines stay fit to be copied."""
         if self.as_json:
             return
         if sys.stdout.isatty():
-            self.out.print(*things, style=style)
+            self.out.print(thing, style=style, soft_wrap=whole)
             return
         with self.out.capture() as text:
-            self.out.print(*things, style=style)
+            self.out.print(thing, style=style)
         for line in text.get().splitlines():
             sys.stdout.write(f"{line.rstrip()}\n")
+
+    def facts(self, facts: Mapping[str, str], style: str | None = None) -> None:
+        """Labels with a few words to each, which fold under themselves where the line is short."""
+        if self.as_json:
+            return
+        from rich.table import Table
+
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_column(min_width=LABEL, no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, words in facts.items():
+            grid.add_row(label, words)
+        self.say(grid, style=style)
 
     def result(self, document: Mapping[str, Any]) -> None:
         """The whole answer for machines, printed only if it is asked for."""
@@ -65,7 +86,6 @@ class Screen:
         """The items, with a progress bar on stderr while they are used up, if somebody is there to see it."""
         if not sys.stderr.isatty():
             return items
-        _need_rich()
         from rich import progress
 
         return progress.track(items, label, console=_console(sys.stderr), transient=True)
@@ -84,7 +104,6 @@ class Screen:
 
 def table(*columns: str, right: Iterable[str] = (), fold: Iterable[str] = ()) -> "Table":
     """A table without lines; ``right`` names the columns of numbers, ``fold`` those that may take several lines."""
-    _need_rich()
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -124,15 +143,7 @@ def count(number: int, thing: str) -> str:
 
 
 def _console(file: TextIO) -> "Console":
-    _need_rich()
     from rich.console import Console
 
     width = None if file.isatty() else PIPE_WIDTH
     return Console(file=file, width=width, markup=False, highlight=False, emoji=False)
-
-
-def _need_rich() -> None:
-    try:
-        import rich  # noqa: F401
-    except ImportError:
-        raise OctavoError("the tables and bars need rich: pip install 'octavo[cli]'") from None

@@ -1,7 +1,7 @@
 """``octavo evaluate``: the perplexity of a float or an 8-bit model."""
 
 import argparse
-import os
+from pathlib import Path
 from typing import Any
 
 from octavo.cli import measure
@@ -23,7 +23,9 @@ examples:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face or 8-bit folder, .gguf file, hub name, or 'demo'")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face or 8-bit folder, .gguf file, hub name, or 'demo'"
+    )
     measure.dtype_flag(parser)
     measure.add(parser)
 
@@ -38,11 +40,11 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
     tokens = measure.windows(arguments, text, model, tokenizer)
     found = measure.perplexity(model, tokens, screen, "evaluate")
     seconds = screen.seconds["evaluate"]
-    over = measure.on(found.tokens, tuple(tokens.shape), text)
-    screen.say(f"{arguments.model}: {scheme}")
-    screen.say(f"perplexity  {found.value:.3f}", style="bold")
-    screen.say(f"over        {over}")
-    screen.say(f"speed       {tokens.numel() / seconds:,.0f} tokens/s, {seconds:.1f} s")
+    screen.facts({"model": f"{arguments.model}: {scheme}"})
+    screen.facts({"perplexity": f"{found.value:.3f}"}, "bold")
+    screen.facts(
+        {"over": measure.on(tokens, text), "speed": f"{tokens.numel() / seconds:,.0f} tokens/s, {seconds:.1f} s"}
+    )
     screen.result(
         {
             "model": arguments.model,
@@ -76,14 +78,14 @@ def _open(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
     return model, tokenizer, f"{type(model).__name__} with {_schemes(model)}"
 
 
-def is_eight_bit(path: "os.PathLike[str]") -> bool:
+def is_eight_bit(path: Path) -> bool:
     """Whether this is a folder that ``octavo.load`` opens."""
     from octavo.io import checkpoint, compressed_tensors, safe_files
 
-    config = os.path.join(path, checkpoint.CONFIG)
-    if os.path.exists(os.path.join(path, checkpoint.MANIFEST)):
+    config = path / checkpoint.CONFIG
+    if (path / checkpoint.MANIFEST).exists():
         return True
-    told = safe_files.read_json(config).get("quantization_config") if os.path.isfile(config) else None
+    told = safe_files.read_json(config).get("quantization_config") if config.is_file() else None
     return isinstance(told, dict) and told.get("quant_method") == compressed_tensors.METHOD
 
 

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print it and leave with 2."""
-        tell("error", f"{message}. See: {self.prog} --help")
+        tell("error", f"{message}{'' if message.endswith('?') else '.'} See: {self.prog} --help")
         raise SystemExit(2)
 
 
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             _show_warnings(debug)
             arguments = _parse(words)
+            screen.check()
             arguments.run(arguments, screen)
             sys.stdout.flush()
         return 0
@@ -107,7 +108,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         near = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        parser.error(f"no command is called {words[0]!r}; {hint}" if near else f"no command {words[0]!r}; {hint}")
+        parser.error(f"no command is called {words[0]!r}; {hint}")
     if not words:
         parser.print_help(sys.stderr)
         raise SystemExit(2)

@@ -29,10 +29,15 @@ class Text:
 def add(parser: argparse.ArgumentParser) -> Any:
     """The flags that say what a model is judged by."""
     group = parser.add_argument_group("how it is judged")
-    group.add_argument("--text", metavar="FILE", help="UTF-8 text; every other part of it is used (default: Python's docs)")
+    group.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text; every other part of it is used (default: Python's docs)"
+    )
     group.add_argument("--windows", type=positive, metavar="N", help=f"pieces of text (default: {WINDOWS})")
     group.add_argument(
-        "--window", type=positive, metavar="LENGTH", help=f"tokens a piece (default: {WINDOW}, or what the model can take)"
+        "--window",
+        type=positive,
+        metavar="LENGTH",
+        help=f"tokens a piece (default: {WINDOW}, or what the model can take)",
     )
     return group
 
@@ -94,6 +99,8 @@ def perplexity(model: Any, tokens: "torch.Tensor", screen: Screen, name: str) ->
         return perplexity(model, tokens, BATCH, track=screen.track)
 
 
-def on(tokens: int, shape: tuple[int, ...], text: Text) -> str:
+def on(tokens: "torch.Tensor", text: Text) -> str:
     """Over what it was measured, in words."""
-    return f"{tokens:,} tokens ({count(shape[0], 'window')} of {shape[1]}) of {text.source}"
+    windows, length = tokens.shape
+    predicted = windows * (length - 1)
+    return f"{predicted:,} tokens ({count(windows, 'window')} of {length}) of {text.source}"

@@ -41,7 +41,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"for all linear layers but the output head (default: {DEFAULT}); 'none' leaves it to --rule",
     )
-    group.add_argument("--weights", metavar="FORMAT", help="another number format for the weights, see `octavo formats`")
+    group.add_argument(
+        "--weights", metavar="FORMAT", help="another number format for the weights, see `octavo formats`"
+    )
     group.add_argument("--inputs", metavar="FORMAT", help="another one for the inputs, or 'none': weights only")
     group.add_argument("--weight-group", type=positive, metavar="N", help="a scale for every N weights of a row")
     group.add_argument("--input-group", type=positive, metavar="N", help="a scale for every N inputs of a token")
@@ -53,7 +55,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=_rule,
         metavar="'NAMES=SCHEME'",
         help="another scheme, or 'none', for layers whose name fits, as '*.down_proj=fp8-dynamic'; may be repeated, "
-        "the first rule that fits decides. The output head becomes 8-bit only by its exact name: 'lm_head=int8-dynamic'",
+        "the first that fits decides. The output head becomes 8-bit only by its exact name: 'lm_head=int8-dynamic'",
     )
     group.add_argument(
         "--skip",
@@ -104,7 +106,9 @@ def changed(base: "Scheme", arguments: argparse.Namespace) -> "Scheme":
     weight_only = arguments.inputs.lower() == NONE if arguments.inputs else base.input is None
     if weight_only:
         if arguments.input_group is not None:
-            raise OctavoError("--input-group groups inputs in 8 bits, and here they stay in float. Name --inputs FORMAT")
+            raise OctavoError(
+                "--input-group groups inputs in 8 bits, and here they stay in float. Name --inputs FORMAT"
+            )
         return schemes.weight_only(weight, weight_group)
     like_weights = base.input is None or base.input.format == base.weight.format
     own = None if like_weights or base.input is None else base.input.format

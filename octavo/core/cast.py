@@ -5,6 +5,7 @@
 with the straight-through gradient of Bengio et al. (1308.3432): what is trained, measured and served has the same bits.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,11 +76,11 @@ def cast(
         raise OctavoError(f"overflow is 'saturate', 'nonsaturating' or 'error', not {overflow!r}")
     y = _round(x.detach(), fmt, rounding, kernel_overflow, _noise(x, rounding, generator))
     if overflow == "error" and x.numel():
-        lost = (y.isnan() & ~x.isnan()) | (x.detach().abs() > max(fmt.max, -fmt.min))
+        lost = (y.isnan() & ~x.isnan()) | (x.detach() > fmt.max) | (x.detach() < fmt.min)
         if lost.any():
             raise OctavoError(
                 f"{int(lost.sum())} of {x.numel()} values do not fit {fmt.name} ({fmt.min:g} … {fmt.max:g}); "
-                f"the largest magnitude is {x.detach().abs().max().item():g}. Scale the tensor, or let it saturate"
+                f"the largest magnitude is {x.detach()[lost].abs().max().item():g}. Scale it, or let it saturate"
             )
     return y
 
@@ -96,7 +97,9 @@ def encode(
     Raises ``OctavoError`` if ``x`` holds NaN and the format has no code for it.
     """
     fmt = formats.get(fmt)
-    y = cast(x, fmt, rounding, overflow, generator)
+    _check_float(x)
+    # not in the narrower dtypes: float16 lacks the largest numbers of some formats
+    y = cast(x if x.dtype == torch.float64 else x.float(), fmt, rounding, overflow, generator)
     if not fmt.has_nan and bool(y.isnan().any()):
         raise OctavoError(f"x holds {int(y.isnan().sum())} NaN, for which {fmt.name} has no code; replace them first")
     return _codes(y, fmt)
@@ -105,10 +108,10 @@ def encode(
 def decode(codes: Tensor, fmt: "Format | str", dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers behind integer codes, in ``dtype``; every format of at most 8 bits is exact in bfloat16."""
     fmt = formats.get(fmt)
-    if isinstance(fmt, IntegerFormat):
-        return codes.to(dtype)
     if codes.dtype.is_floating_point or codes.dtype == torch.bool:
         raise OctavoError(f"codes are integers, not {codes.dtype}")
+    if isinstance(fmt, IntegerFormat):
+        return codes.to(dtype)
     return ops.decode(codes, fmt.table_in(dtype, codes.device))
 
 
@@ -170,10 +173,14 @@ def sqnr(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise, ``10 · log10(Σ reference² / Σ (reference − approximation)²)`` in dB; ∞ if equal."""
     if reference.shape != approximation.shape:
         raise OctavoError(f"sqnr compares like with like, not {list(reference.shape)} with {list(approximation.shape)}")
-    signal = reference.detach().double()
-    noise = signal - approximation.detach().double()
-    power, lost = signal.square().sum(), noise.square().sum()
-    return float("inf") if lost == 0 else float(10 * torch.log10(power / lost))
+    signal = reference.detach()
+    if signal.dtype in (torch.bfloat16, torch.float16):
+        signal = signal.float()
+    noise = signal - approximation.detach()
+    power, lost = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (signal, noise))
+    if lost == 0:
+        return float("inf")
+    return 20 * math.log10(power / lost) if power > 0 else (math.nan if math.isnan(lost) else -math.inf)
 
 
 def _round(
@@ -183,18 +190,21 @@ def _round(
     if fmt.stretch != 1:  # a fractional bias: the grid of the next lower integer bias, stretched
         x = x.double() / fmt.stretch
     low = max(grid.low, -grid.high) if symmetric else grid.low
+    # kernels take 2**emin for the exponent field 1; a pure scale's is 0, and one step down sets its ties to even right
+    emin = grid.emin - (not fmt.zero)
     negative_zero = fmt.has_negative_zero
     flush = not fmt.subnormals
-    y = ops.cast(x, grid.mantissa, grid.emin, low, grid.high, rounding, overflow, flush, negative_zero, noise)
+    y = ops.cast(x, grid.mantissa, emin, low, grid.high, rounding, overflow, flush, negative_zero, noise)
     return y if fmt.stretch == 1 else (y * fmt.stretch).to(dtype)
 
 
 def _codes(y: Tensor, fmt: Format) -> Tensor:
     if isinstance(fmt, IntegerFormat):
         return y.nan_to_num(0.0).to(fmt.code_dtype)
-    if fmt.stretch != 1:
-        y = y.double() / fmt.stretch
     grid = fmt.grid
+    if fmt.stretch != 1:  # undoing the stretch leaves a number beside the grid: back onto it
+        back = (grid.mantissa, grid.emin, grid.low, grid.high, "nearest-even", "inf")
+        y = ops.cast(y.double() / fmt.stretch, *back, not fmt.subnormals, fmt.has_negative_zero)
     if fmt.bits > formats.MOST_CODE_BITS:
         raise OctavoError(f"{fmt.name} has {fmt.bits} bits; codes are made for at most {formats.MOST_CODE_BITS}")
     first, infinity, nan = int(fmt.zero), fmt.infinity_code, fmt.nan_code

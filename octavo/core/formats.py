@@ -66,8 +66,8 @@ class FloatFormat:
             raise wrong(f"specials must be one of {', '.join(get_args(Specials))}, not {self.specials!r}")
         if not (1 <= self.exponent <= 8 and 0 <= self.mantissa <= 23):
             raise wrong("it needs 1 to 8 exponent bits and 0 to 23 mantissa bits")
-        if not math.isfinite(self.bias):
-            raise wrong(f"its bias is {self.bias}")
+        if not abs(self.bias) < 512:  # NaN too
+            raise wrong(f"with a bias of {self.bias:g} its values are none that float32 can hold")
         if self._top_field < (1 if self.zero else 0) and self.mantissa == 0:
             raise wrong("its special values leave no number; give it more bits or specials='none'")
         if self.specials == "fnuz" and not self.signed:
@@ -312,6 +312,8 @@ def float_format(
     """
     usual = 2 ** (exponent - 1) - 1 if exponent > 0 else 0
     bias = usual if bias is None else bias
+    if not isinstance(bias, int | float):
+        raise OctavoError(f"a bias is a number, not {bias!r}")
     bias = int(bias) if float(bias).is_integer() else float(bias)
     if name is None:
         name = f"E{exponent}M{mantissa}" + (f"B{bias:g}" if bias != usual else "")

@@ -5,7 +5,7 @@ name anything else. A catalogue format is written as its name.
 """
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from octavo.core import formats
 from octavo.core.cast import Cast
@@ -15,6 +15,7 @@ from octavo.core.scaling import Constant, Current
 from octavo.core.schemes import Scheme
 from octavo.errors import OctavoError
 
+DEEPEST = 50
 RECORDS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
@@ -42,11 +43,17 @@ def to_json(record: Any) -> Any:
 
 def from_json(data: Any) -> Any:
     """What ``to_json`` was given. Raises ``OctavoError`` on an unknown type or a field that does not fit."""
+    return _from_json(data, 0)
+
+
+def _from_json(data: Any, depth: int) -> Any:
+    if depth > DEEPEST:
+        raise OctavoError(f"records within records more than {DEEPEST} deep are not Octavo's")
     if isinstance(data, list):
-        return [from_json(item) for item in data]
+        return [_from_json(item, depth + 1) for item in data]
     if not isinstance(data, dict):
         return data
-    content = {key: from_json(value) for key, value in data.items() if key != "type"}
+    content = {key: _from_json(value, depth + 1) for key, value in data.items() if key != "type"}
     if "type" not in data:
         return content
     if data["type"] == "Format":
@@ -55,6 +62,21 @@ def from_json(data: Any) -> Any:
     if cls is None:
         raise OctavoError(f"unknown record type {data['type']!r}; known are Format, {', '.join(RECORDS)}")
     try:
-        return cls(**content)
-    except (TypeError, AttributeError, ValueError) as error:
-        raise OctavoError(f"{data['type']} cannot be made of {content}: {error}") from error
+        record = cls(**content)
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise OctavoError(f"{data['type']} cannot be made of {str(content)[:300]}: {error}") from error
+    for name, kind in get_type_hints(cls).items():
+        if not _fits(getattr(record, name), kind):
+            raise OctavoError(f"{data['type']} cannot have the {name} {str(getattr(record, name))[:100]!r}")
+    return record
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type: a class, one of several, or one of a few words."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_args(kind):
+        return any(_fits(value, one) for one in get_args(kind))
+    if kind in (int, float):
+        return type(value) is int or (kind is float and type(value) is float)
+    return isinstance(value, kind)

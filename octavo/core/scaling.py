@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo import ops
 from octavo.core.formats import FloatFormat, Format
 from octavo.core.granularity import reduce_blocks
 from octavo.errors import OctavoError
@@ -53,37 +54,38 @@ def compute_scale(
     Symmetric: ``scale = amax / max``. Affine (algorithms: Jacob et al., 1712.05877): the range, stretched to hold 0, is
     spread over all integers, and the zero point is the integer that stands for 0.0 exactly. ``storage`` is the dtype
     the scale will be kept in: it is rounded to that dtype *now*, so that the codes fit the scale a loader reads back.
-    A block with NaN or an infinity gets a scale that is not finite: its values cannot pass as numbers.
+    A block with NaN or an infinity gets NaN for a scale: its values cannot pass as numbers.
     """
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     low, high = (edge.to(work) for edge in reduce_blocks(x, block))
+    whole = low.isfinite() & high.isfinite()
     if isinstance(source, Constant):
-        scale = torch.full_like(low, source.value, dtype=torch.float32).where(
-            low.isfinite() & high.isfinite(), math.nan
-        )
-        return scale, torch.zeros_like(scale, dtype=torch.int32) if affine else None
+        scale = _store(torch.full_like(low, source.value), False, storage)
+        return scale.where(whole, math.nan), torch.zeros_like(scale, dtype=torch.int32) if affine else None
     if not affine:
         amax = torch.maximum(-low, high) if fmt.signed else high
-        return _store(amax.clamp(min=LEAST_AMAX) / fmt.max, source, storage), None
+        scale = _store(amax.clamp(min=LEAST_AMAX) / fmt.max, source.power_of_two, storage)
+        return scale.where(whole, math.nan), None
     if isinstance(fmt, FloatFormat):
         raise OctavoError(f"a zero point needs an integer format, {fmt.name} is a float; use affine=False")
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = _store((high - low).clamp(min=LEAST_AMAX) / (fmt.high - fmt.low), source, storage)
+    steps = fmt.high - fmt.low
+    scale = (high - low).clamp(min=LEAST_AMAX) / steps
+    scale = scale.where(scale.isfinite(), high / steps - low / steps)  # a range wider than the largest number
+    scale = _store(scale, source.power_of_two, storage).where(whole, math.nan)
     zero_point = (fmt.low - (low / scale).round()).nan_to_num(0.0).clamp(fmt.low, fmt.high)
     return scale, zero_point.to(torch.int32)
 
 
-def _store(scale: Tensor, source: Current, storage: torch.dtype) -> Tensor:
-    if source.power_of_two:
+def _store(scale: Tensor, power_of_two: bool, storage: torch.dtype) -> Tensor:
+    """The scale in float32 with a value that ``storage`` holds: the nearest, but never zero or infinity."""
+    if power_of_two:
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa · 2**exponent, ½ ≤ mantissa < 1
-        up = torch.where(mantissa == 0.5, exponent - 1, exponent).to(scale.dtype)
-        return torch.exp2(up).where(scale.isfinite(), scale).float()
-    if storage == torch.float64:
-        storage = torch.float32
-    return (
-        scale.clamp(max=torch.finfo(storage).max)
-        .where(scale.isfinite(), scale)
-        .to(storage)
-        .clamp(min=torch.finfo(storage).tiny)
-        .float()
-    )
+        up = torch.where(mantissa == 0.5, exponent - 1, exponent)
+        scale = ops.reference.pow2(up.clamp(-149, 127)).to(scale.dtype)
+    limits = torch.finfo(torch.float32 if storage == torch.float64 else storage)
+    if limits.bits == 32:
+        return scale.clamp(limits.tiny, limits.max).float()
+    least = limits.tiny * limits.eps  # float16's subnormals are within reach: there upwards, so that no code saturates
+    scale = torch.where(scale < limits.tiny, (scale / least).ceil() * least, scale.clamp(max=limits.max))
+    return scale.to(storage).float()

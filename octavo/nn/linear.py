@@ -56,7 +56,8 @@ class QuantizedLinear(nn.Module):
         """``x`` […, in] to […, out], in ``x``'s dtype."""
         how = self.scheme.input
         if how is None:
-            return F.linear(x, self.quantized_weight.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.quantized_weight.dequantize(x.dtype), bias)
         rows = quantize_unchecked(x.reshape(-1, self.in_features), how)
         y = multiply(rows, self.quantized_weight)
         if self.bias is not None:

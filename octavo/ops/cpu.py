@@ -6,8 +6,8 @@ Whatever cannot be served here goes to the law in ``reference.py``: slower, neve
 import torch
 from torch import Tensor
 
-from octavo.ops import native, reference
-from octavo.ops.schema import LIBRARY, code_dtype
+from octavo.ops import accumulate, native, reference
+from octavo.ops.schema import LIBRARY, SumGrid, code_dtype
 
 CHUNK = 1 << 20  # elements that the float64 law works on at a time, so that its temporaries stay small
 
@@ -43,24 +43,16 @@ def cast(
 
 
 def encode(x: Tensor, mantissa: int, emin: int, first: int, bits: int, signed: bool, inf: int, nan: int) -> Tensor:
-    """Codes by cutting float32 bit patterns: a normal number's code is its upper bits with the bias exchanged."""
-    if x.dtype == torch.float64 or emin <= -126 or bits > 16:
-        return reference.encode(x, mantissa, emin, first, bits, signed, inf, nan)
-    pattern = x.float().contiguous().view(torch.int32)
-    magnitude = pattern & 0x7FFFFFFF
-    size = magnitude.view(torch.float32)
-    code = (magnitude >> (23 - mantissa)) - ((127 + emin - first) << mantissa)
-    if first:
-        code = code.where(size >= 2.0**emin, (size * 2.0 ** (mantissa - emin)).int())
-    if inf >= 0:
-        code = code.masked_fill_(magnitude == 0x7F800000, inf)
-    if signed:
-        code |= (pattern >> 31) & (1 << (bits - 1))
-    if nan >= 0:
-        missing = size.isnan()
-        sign = 0 if nan == 1 << (bits - 1) else (pattern >> 31) & (int(signed) << (bits - 1))
-        code = code.where(~missing, nan | sign)
-    return code.to(code_dtype(bits))
+    """Codes in one pass, natively for formats of at most 8 bits."""
+    layout = (mantissa, emin, first, bits, signed, inf, nan)
+    x = x.contiguous() if x.dtype == torch.float64 else x.float().contiguous()
+    fast = native.encode(x, *layout)
+    if fast is not None:
+        return fast
+    codes = torch.empty(x.shape, dtype=code_dtype(bits))
+    for source, target in zip(x.view(-1).split(CHUNK), codes.view(-1).split(CHUNK), strict=True):
+        target.copy_(reference.encode(source, *layout))
+    return codes
 
 
 def decode(codes: Tensor, table: Tensor) -> Tensor:
@@ -74,6 +66,8 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """``torch._int_mm``: VNNI or AMX. It wants its second operand as a transposed view, which ``b.T`` is."""
     if 0 in (*a.shape, *b.shape):
         return a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.int32)
+    if a.shape[1] == 1:  # torch 2.13 cannot tell the one column from its transpose, and multiplies what is not there
+        return torch.outer(a[:, 0].int(), b[:, 0].int())
     return torch._int_mm(a.contiguous(), b.contiguous().t())
 
 
@@ -86,5 +80,63 @@ def float_mm(a: Tensor, b: Tensor) -> Tensor:
     return reference.float_mm(a, b)
 
 
-for _op in (cast, encode, decode, int_mm, float_mm):
+def accumulate_mm(
+    a: Tensor,
+    b: Tensor,
+    mantissa: int,
+    emin: int,
+    high: float,
+    flush: bool,
+    infinite: bool,
+    chunk: int,
+    outer_mantissa: int,
+    outer_emin: int,
+    outer_high: float,
+    outer_flush: bool,
+    outer_infinite: bool,
+    rounding: str,
+    seed: int,
+) -> Tensor:
+    """One pass over registers, natively where possible."""
+    inner = SumGrid(mantissa, emin, high, flush, infinite)
+    outer = SumGrid(outer_mantissa, outer_emin, outer_high, outer_flush, outer_infinite)
+    fast = accumulate.rounded(a, b, inner, outer, chunk, rounding, seed)
+    return reference.accumulate_mm(a, b, *inner, chunk, *outer, rounding, seed) if fast is None else fast
+
+
+def accumulate_mm_aligned(a: Tensor, b: Tensor, align: int, bits: int, promote: int) -> Tensor:
+    """One pass over registers, natively where possible."""
+    fast = accumulate.aligned(a, b, align, bits, promote)
+    if fast is None:
+        return reference.accumulate_mm_aligned(a, b, align, bits, promote)
+    return reference.propagate(fast, a, b)
+
+
+def accumulate_mm_integer(a: Tensor, b: Tensor, bits: int, saturate: bool) -> Tensor:
+    """Saturating sums natively; a sum that wraps is the exact sum wrapped once, at the speed of a matmul."""
+    if saturate:
+        fast = accumulate.clamped(a, b, bits)
+        return reference.accumulate_mm_integer(a, b, bits, saturate) if fast is None else fast
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int64)
+    if 0 in (*a.shape, *b.shape):
+        return total.int()
+    largest = (float(a.abs().max()), float(b.abs().max()))
+    if max(largest) <= 127:
+        a, b, length, multiply = a.to(torch.int8), b.to(torch.int8), 1 << 16, int_mm
+    else:  # float64 holds sums below 2**53 exactly, in any order
+        a, b = a.double(), b.double()
+        length, multiply = max(1, int(2**53 // max(1.0, largest[0] * largest[1]))), _double_mm
+    for x, y in zip(a.split(length, 1), b.split(length, 1), strict=True):
+        total = reference.wrap(total + multiply(x, y), bits)
+    return total.int()
+
+
+def _double_mm(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.mT).long()
+
+
+for _op in (
+    *(cast, encode, decode, int_mm, float_mm),
+    *(accumulate_mm, accumulate_mm_aligned, accumulate_mm_integer),
+):
     LIBRARY.impl(_op.__name__, _op, "CPU")

@@ -1,4 +1,4 @@
-/* Octavo's CPU kernels: the cast onto a number grid, the look-up of codes, and a bfloat16 matrix product.
+/* Octavo's CPU kernels: the cast onto a number grid, codes and back, and a bfloat16 matrix product.
  *
  * Plain C11 without torch's headers, so that any `cc` builds it in a second or two. One file serves every x86-64:
  * a kernel is compiled once per instruction set by __attribute__((target)) and chosen at run time; any other
@@ -159,6 +159,31 @@ void octavo_cast(const void *x, const float *noise, void *y, int64_t n, int bf16
     for (int64_t i = 0; i < n; i += BLOCK)
         cast((const char *)x + i * size, noise ? noise + i : NULL, (char *)y + i * size,
              n - i < BLOCK ? n - i : BLOCK, g);
+}
+
+/* ---- encode: numbers that lie on a grid of at most 8 bits, as codes -----------------------------------------------
+ *
+ * A normal number's code is the top of its float32 pattern with the bias exchanged (`rebias`); below `least`, the
+ * smallest normal number, it counts steps of the smallest subnormal. `inf` and `nan` are codes, 0 where there is none. */
+
+void octavo_encode8(const float *x, uint8_t *y, int64_t n, int mantissa, int rebias, float least, float steps, int sign,
+                    int inf, int nan, int nan_sign, int threads) {
+#pragma omp parallel for simd schedule(static) num_threads(threads) if (n > 1 << 15)
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], 4);
+        const uint32_t magnitude = bits & ~SIGN;
+        float size;
+        memcpy(&size, &magnitude, 4);
+        int32_t code = (int32_t)(magnitude >> (23 - mantissa)) - rebias;
+        const int32_t count = (int32_t)(size < least ? size * steps : 0);
+        code = size < least ? count : code;
+        code = magnitude == 0x7f800000u ? inf : code;
+        int32_t negative = bits & SIGN ? sign : 0;
+        negative = magnitude > 0x7f800000u && !nan_sign ? 0 : negative;
+        code = magnitude > 0x7f800000u ? nan : code;
+        y[i] = (uint8_t)(code | negative);
+    }
 }
 
 /* ---- decode: one of 256 values, two bytes wide, for every code -------------------------------------------------- */

@@ -1,6 +1,6 @@
 """Compiles ``native.c`` on first use, loads it, and calls it: the CPU's cast and BF16 matmul without a build step.
 
-The C file knows nothing of Python or torch, so whatever ``cc`` the machine has builds it in a second or two. The
+``accumulate.c``, which ``accumulate.py`` calls, is compiled here too, when first asked for. The C files know nothing of Python or torch, so whatever ``cc`` the machine has builds one in a second or two. A
 shared object is kept in ``$OCTAVO_CACHE`` (or ``$XDG_CACHE_HOME/octavo``, ``~/.cache/octavo``) under a name that
 carries a hash of all it was made from. It needs ``libgomp.so.1``, which torch has loaded under that very name by the
 time it is opened: both run on one pool of threads.
@@ -28,7 +28,11 @@ from torch import Tensor
 
 from octavo.ops.schema import OVERFLOWS, ROUNDINGS
 
-SOURCE = Path(__file__).with_suffix(".c")
+FOLDER = Path(__file__).parent
+SOURCES: dict[str, tuple[str, ...]] = {  # and the flags of their own
+    "native": (),
+    "accumulate": ("-ffp-contract=fast",),  # its products are exact: fusing them with a sum changes no result
+}
 FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-fno-trapping-math")  # floats only convert: traps are of no interest
 INSTRUCTION_SETS = ("scalar", "AVX2", "AVX-512", "AVX-512 BF16")  # by octavo_isa()'s numbers
 SIGN = 1 << 31
@@ -59,15 +63,14 @@ class _Grid(ctypes.Structure):
     )
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there are none; the first call compiles. Never raises."""
-    return _loaded()[0]
+def library(name: str = "native") -> ctypes.CDLL | None:
+    """The kernels of one of ``SOURCES``, or None where there are none; the first call compiles. Never raises."""
+    return _loaded(name)[0]
 
 
 def status() -> str:
     """One line for people: the file in use and its instruction set, or why there is none."""
-    return _loaded()[1]
+    return _loaded("native")[1]
 
 
 def cast(
@@ -110,6 +113,33 @@ def cast(
         torch.get_num_threads(),
     )
     return y
+
+
+def encode(
+    x: Tensor, mantissa: int, emin: int, first: int, bits: int, signed: bool, inf: int, nan: int
+) -> Tensor | None:
+    """Codes of float32 on a grid (``schema.encode`` says how), or None if the kernel does not take this call."""
+    lib = library()
+    served = x.dtype == torch.float32 and bits <= 8 and -126 < emin and emin - mantissa > -126 and emin <= 127
+    if lib is None or not served or not (_plain(x) and x.is_contiguous()):
+        return None
+    sign = 1 << (bits - 1)
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    lib.octavo_encode8(
+        x.data_ptr(),
+        codes.data_ptr(),
+        x.numel(),
+        mantissa,
+        (127 + emin - first) << mantissa,
+        2.0**emin if first else 0.0,
+        2.0 ** (mantissa - emin),
+        sign if signed else 0,
+        max(inf, 0),
+        max(nan, 0),
+        nan != sign,  # where NaN stands in the place of −0 it has no sign of its own
+        torch.get_num_threads(),
+    )
+    return codes
 
 
 def decode(codes: Tensor, table: Tensor) -> Tensor | None:
@@ -207,13 +237,13 @@ def _instruction_set() -> int:
     return 0 if lib is None else int(lib.octavo_isa())
 
 
-def _loaded() -> tuple[ctypes.CDLL | None, str]:
+def _loaded(name: str = "native") -> tuple[ctypes.CDLL | None, str]:
     with _lock:  # functools.cache alone would let two threads compile
-        return _load()
+        return _load(name)
 
 
 @functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def _load(name: str) -> tuple[ctypes.CDLL | None, str]:
     """The library and its status line, or None and the reason. Tried in the cache folder, then in a temporary one."""
     if os.environ.get("OCTAVO_NATIVE") == "0":
         return None, "no native kernels: OCTAVO_NATIVE=0"
@@ -224,15 +254,16 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     for prepare in (_cache_folder, _temporary_folder):
         try:
             with prepare() as folder:
-                path = _compiled(compiler, folder)
-                lib = _declared(ctypes.CDLL(str(path)))
+                path = _compiled(name, compiler, folder)
+                lib = _declared(name, ctypes.CDLL(str(path)))
         except subprocess.SubprocessError as error:
             return None, f"no native kernels: {_complaint(error)}"
         except (OSError, AttributeError, ValueError) as error:  # the folder is not ours, or the file in it is damaged
             reason = reason or str(error)
         else:
             where = f"compiled for this process only ({reason})" if reason else str(path)
-            return lib, f"native kernels: {INSTRUCTION_SETS[lib.octavo_isa()]}, {where}"
+            best = f"{INSTRUCTION_SETS[lib.octavo_isa()]}, " if name == "native" else ""
+            return lib, f"native kernels: {best}{where}"
     return None, f"no native kernels: {reason}"
 
 
@@ -263,18 +294,19 @@ def _temporary_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _compiled(compiler: list[str], folder: Path) -> Path:
-    """The shared object in ``folder``, made unless it is there. Written aside and renamed: processes may race."""
+def _compiled(name: str, compiler: list[str], folder: Path) -> Path:
+    """The shared object of one source in ``folder``, made unless it is there. Written aside and renamed: processes may race."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     # clang's OpenMP is another library than torch's; gcc's is the same
-    flags = (*FLAGS, "-fopenmp-simd" if b"clang" in version else "-fopenmp")
-    recipe = repr((compiler, flags, version, platform.machine())).encode() + SOURCE.read_bytes()
-    path = folder / f"native-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
+    flags = (*FLAGS, *SOURCES[name], "-fopenmp-simd" if b"clang" in version else "-fopenmp")
+    source = FOLDER / f"{name}.c"
+    recipe = repr((compiler, flags, version, platform.machine())).encode() + source.read_bytes()
+    path = folder / f"{name}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
     if not path.exists():
         handle, aside = tempfile.mkstemp(dir=folder, suffix=".tmp")
         os.close(handle)
         try:
-            command = [*compiler, *flags, "-o", aside, str(SOURCE)]
+            command = [*compiler, *flags, "-o", aside, str(source)]
             subprocess.run(command, capture_output=True, check=True, timeout=300, env={**os.environ, "LC_ALL": "C"})
             os.replace(aside, path)
         finally:
@@ -282,13 +314,22 @@ def _compiled(compiler: list[str], folder: Path) -> Path:
     return path
 
 
-def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """``lib`` with the signatures of ``native.c``."""
+def _declared(name: str, lib: ctypes.CDLL) -> ctypes.CDLL:
+    """``lib`` with the signatures of its source."""
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    if name == "accumulate":
+        lib.octavo_survey.argtypes = (pointer, count, pointer)
+        lib.octavo_survey.restype = None
+        lib.octavo_accumulate.argtypes = (*(pointer,) * 3, count, count, pointer, number, number, number)
+        lib.octavo_accumulate.restype = None
+        return lib
     lib.octavo_isa.argtypes = ()
     lib.octavo_isa.restype = number
     lib.octavo_cast.argtypes = (pointer, pointer, pointer, count, number, ctypes.POINTER(_Grid), number, number)
     lib.octavo_cast.restype = None
+    real = ctypes.c_float
+    lib.octavo_encode8.argtypes = (pointer, pointer, count, *[number] * 2, real, real, *[number] * 5)
+    lib.octavo_encode8.restype = None
     lib.octavo_decode16.argtypes = (pointer, pointer, pointer, count, number)
     lib.octavo_decode16.restype = None
     lib.octavo_gemm_bf16.argtypes = (pointer, count, pointer, count, pointer, count, count, count, number)

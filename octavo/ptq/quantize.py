@@ -4,13 +4,16 @@ Everything that can go wrong is looked for first, over the whole model, so that 
 """
 
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from octavo.core.cast import sqnr
+from octavo.core.qtensor import QTensor
 from octavo.core.schemes import Scheme, describe
 from octavo.errors import OctavoError
 from octavo.nn import linear, swap
@@ -81,7 +84,7 @@ class Summary:
         return "\n".join(lines + self.notes)
 
 
-def quantize_(model: nn.Module, rules: Rules, *, track: "Track[Layer] | None" = None) -> Summary:
+def quantize_(model: nn.Module, rules: Rules, *, track: "Track[str] | None" = None) -> Summary:
     """Replace the model's linear layers by 8-bit ones, in place.
 
     ``rules``: a scheme or its name for all but the output head; ``{name pattern: scheme or None}``; or a list of
@@ -92,25 +95,25 @@ def quantize_(model: nn.Module, rules: Rules, *, track: "Track[Layer] | None" = 
     found = swap.layers(model)
     verdict = assign(model, found, rules)
     chosen = [(layer, scheme) for layer, scheme in verdict.items() if isinstance(scheme, Scheme)]
-    for layer, _ in chosen:
-        _check(layer)
+    for layer, scheme in chosen:
+        _check(layer, scheme)
     before = model_bytes(model)
-    reports = {x: LayerReport(x.name, x.kind, None, str(verdict[x]), x.nbytes, x.nbytes) for x in found}
+    reports = {x.name: LayerReport(x.name, x.kind, None, str(verdict[x]), x.nbytes, x.nbytes) for x in found}
     notes = _notes(model, [layer for layer, _ in chosen])
-    todo = [layer for layer, _ in chosen]
-    shared: dict[tuple[int, Scheme], linear.QuantizedLinear] = {}
-    for layer in track(todo, "quantizing") if track else todo:
-        scheme = verdict[layer]
-        assert isinstance(scheme, Scheme)
-        bias = getattr(layer.module, "bias", None)
-        new = linear.from_float(layer.weight, bias, scheme, layer.transposed)
-        twin = shared.setdefault((id(layer.weight), scheme), new)
-        if twin is not new:  # one weight under two layers stays one weight
-            new = linear.QuantizedLinear(twin.quantized_weight, bias, scheme, layer.transposed)
+    owners = Counter(id(layer.owner) for layer, _ in chosen)
+    shared: dict[tuple[int, Scheme], tuple[Layer, QTensor]] = {}
+    names, queue = [layer.name for layer, _ in chosen], deque(chosen)
+    del found, verdict, chosen  # from here on only the queue keeps float weights alive, each until its turn
+    for _ in track(names, "quantizing") if track else names:
+        layer, scheme = queue.popleft()
+        new = linear.from_float(layer.weight, getattr(layer.module, "bias", None), scheme, layer.transposed)
+        if owners[id(layer.owner)] > 1:  # one weight under several layers stays one weight
+            _, weight = shared.setdefault((id(layer.owner), scheme), (layer, new.quantized_weight))
+            new = linear.QuantizedLinear(weight, new.bias, scheme, layer.transposed)
         quality = sqnr(layer.weight, new.weight)
         swap.replace(model, layer, new)
         after = sum(t.nbytes for t in new.buffers())
-        reports[layer] = LayerReport(layer.name, layer.kind, describe(scheme), "", layer.nbytes, after, quality)
+        reports[layer.name] = LayerReport(layer.name, layer.kind, describe(scheme), "", layer.nbytes, after, quality)
     return Summary(list(reports.values()), before, model_bytes(model), time.perf_counter() - started, notes)
 
 
@@ -120,22 +123,31 @@ def model_bytes(model: nn.Module) -> int:
     return sum({(t.data_ptr() or id(t), t.nbytes): t.nbytes for t in tensors}.values())
 
 
-def _check(layer: Layer) -> None:
+def _check(layer: Layer, scheme: Scheme) -> None:
     if layer.weight.is_meta:
         raise OctavoError(f"{layer.name} is on the meta device and holds no numbers; load the weights first")
     for name, tensor in (("weight", layer.weight), ("bias", getattr(layer.module, "bias", None))):
-        if tensor is not None and not bool(tensor.isfinite().all()):
+        if tensor is None or tensor.numel() == 0:
+            continue
+        if not all(edge.isfinite() for edge in torch.aminmax(tensor.detach())):  # one pass; NaN wins both
             bad = int((~tensor.isfinite()).sum())
             raise OctavoError(
                 f"{layer.name}.{name} holds {bad} NaN or Inf among its {tensor.numel()} values: the checkpoint is "
                 f"damaged; mend it, or leave the layer alone with a rule for {layer.name!r}"
             )
+    rows, cols = layer.weight.shape
+    try:
+        scheme.weight.granularity.block((cols, rows) if layer.transposed else (rows, cols))
+        if scheme.input is not None:
+            scheme.input.granularity.block((1, rows if layer.transposed else cols))
+    except OctavoError as error:
+        raise OctavoError(f"{layer.name}: {error}") from error
 
 
 def _notes(model: nn.Module, chosen: list[Layer]) -> list[str]:
     tables = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     return [
-        f"{x.name} shared its weight with {tables[id(x.weight)]}, which keeps its own copy in float"
+        f"{x.name} shared its weight with {tables[id(x.owner)]}, which keeps its own copy in float"
         for x in chosen
-        if id(x.weight) in tables
+        if id(x.owner) in tables
     ]

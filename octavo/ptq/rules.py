@@ -49,8 +49,8 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
         return (Rule(schemes.get(rules)),)
     if isinstance(rules, Mapping):
         rules = [Rule(scheme, name) for name, scheme in rules.items()]
-    for rule in rules:
-        if not isinstance(rule, Rule):
+    for rule in rules if isinstance(rules, Sequence) else [rules]:
+        if not isinstance(rules, Sequence) or not isinstance(rule, Rule):
             raise OctavoError(f"rules are octavo.Rule(scheme, name=…, type=…), not {rule!r}")
     if not rules:
         raise OctavoError("the list of rules is empty; nothing would be quantized")
@@ -82,7 +82,7 @@ def assign(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Layer
             assert isinstance(rule.scheme, Scheme)
             verdict[layer] = rule.scheme
     for rule in ordered:
-        if rule not in used and not (rule == ordered[-1] and len(ordered) == 1):
+        if rule not in used and not (len(ordered) == 1 and rule.name == "*" and rule.type is None):  # _nothing says it
             raise _unmatched(rule, found)
     if not any(isinstance(v, Scheme) for v in verdict.values()):
         raise _nothing(ordered, verdict)
@@ -92,7 +92,7 @@ def assign(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Layer
 def output_heads(model: nn.Module, found: Sequence[Layer]) -> set[nn.Module]:
     """The layers that make logits: transformers' output embeddings, or those that share an embedding's weight."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    heads = {x.module for x in found if x.obstacle is None and id(x.module.weight) in tables}
+    heads = {x.module for x in found if x.obstacle is None and id(x.owner) in tables}
     heads |= {x.module for x in found if any(n.rpartition(".")[2] in HEAD_NAMES for n in x.names)}
     getter = getattr(model, "get_output_embeddings", None)
     if callable(getter) and isinstance(head := getter(), nn.Module):

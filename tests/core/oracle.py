@@ -5,6 +5,7 @@ neighbours in that table. ``Slow.round_array`` is the same for float64 arrays, b
 it against ``Slow.round`` and against gfloat.
 """
 
+import functools
 import math
 from fractions import Fraction
 
@@ -154,6 +155,7 @@ class Slow:
         )
 
 
+@functools.cache
 def slow(fmt) -> Slow:
     """The Slow of an octavo FloatFormat."""
     return Slow(
@@ -170,8 +172,8 @@ def probes(law: Slow, count: int, seed: int = 0) -> np.ndarray:
     grid = np.sort(np.unique(grid))
     ties = (grid[1:] + grid[:-1]) / 2
     exact = np.concatenate([grid, ties, [float(law.max) * 2, float(law.phantom) * 1.5]])
-    near = exact.astype(np.float32)
     with np.errstate(over="ignore", under="ignore"):
+        near = exact.astype(np.float32)
         beside = np.concatenate(
             [np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(0))], dtype=np.float64
         )
@@ -180,5 +182,6 @@ def probes(law: Slow, count: int, seed: int = 0) -> np.ndarray:
     bottom = np.log2(float(law.magnitudes[1] if law.magnitudes[0] == 0 else law.magnitudes[0]))
     uniform = rng.uniform(-1, 1, count // 2) * float(law.max) * 1.1
     spread = np.exp2(rng.uniform(bottom - 3, min(top + 3, 127.9), count - count // 2))
+    doubles = doubles[doubles > 1e-290]  # the law multiplies float64 by powers of two: their subnormals are too far down
     values = np.concatenate([exact, beside, doubles, np.abs(uniform), spread, [0.0, np.inf, 2.0**-149, 2.0**-126]])
     return np.concatenate([values, -values, [np.nan, -np.nan]])

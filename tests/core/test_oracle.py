@@ -38,7 +38,7 @@ def test_three_oracles_agree(name, rounding):
         for value, quick in zip(x, fast, strict=True):
             exact = law.round(float(value), rounding, saturate)
             assert alike(exact, float(quick)), (value, exact, quick)
-            if not math.isnan(value):
+            if value == np.float32(value):  # gfloat adds 0.5 to the fraction in float64, which can itself round up
                 theirs = gfloat.round_float(info, float(value), MODES[rounding], saturate)
                 assert alike(exact, theirs), (value, exact, theirs)
 

@@ -1,0 +1,194 @@
+"""What ``octavo quantize`` has to say: the table of layers, the totals, and how to open what was written."""
+
+import re
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from octavo.cli.console import LABEL, Screen, mb, table
+
+if TYPE_CHECKING:
+    from octavo.analysis.perplexity import Perplexity
+    from octavo.cli.quantize import Plan
+    from octavo.core.schemes import Scheme
+    from octavo.nn.swap import Layer
+    from octavo.ptq.quantize import LayerReport, Summary
+
+#: Schemes that vLLM has kernels for; see its CompressedTensorsConfig.
+VLLM = {"int8-dynamic", "fp8-dynamic", "fp8-block", "int8-weight-only", "fp8-weight-only"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that was done."""
+
+    model: str
+    kind: str
+    causal: bool
+    out: str
+    plan: "Plan"
+    summary: "Summary"
+    shared: dict[str, str]
+    before: "Perplexity | None"
+    after: "Perplexity | None"
+    over: str
+    unmeasured: str
+
+
+def done(screen: Screen, result: Result) -> None:
+    """The whole report, or the same as JSON."""
+    summary = result.summary
+    _layers(screen, summary.layers, result.shared)
+    screen.say()
+    for name, words in _totals(screen, result).items():
+        screen.facts({name: words}, "bold" if name in ("size", "perplexity") else None)
+    for note in summary.notes:
+        screen.facts({"note": note}, "yellow")
+    screen.facts({"written": f"{result.out}  ({result.plan.layout})"}, "bold green")
+    if result.plan.why:
+        screen.facts({"": f"in Octavo's own layout, because of {result.plan.why}"}, "yellow")
+    screen.say()
+    for engine, words in openers(result).items():
+        screen.say(f"{engine:<{LABEL}} {words}", whole=True)
+        if engine == "transformers":
+            screen.say(f"{'':<{LABEL}} (needs pip install compressed-tensors)")
+    screen.result(_document(screen, result))
+
+
+def plan(screen: Screen, model: str, made: "Plan") -> None:
+    """Which layer would become what."""
+    from octavo.core.schemes import Scheme, describe
+    from octavo.ptq.quantize import LayerReport
+
+    layers = [
+        LayerReport(x.name, x.kind, describe(v), "", x.nbytes, 0)
+        if isinstance(v, Scheme)
+        else LayerReport(x.name, x.kind, None, v, x.nbytes, x.nbytes)
+        for x, v in made.verdict.items()
+    ]
+    _layers(screen, layers, shared(made.verdict), planned=True)
+    screen.say()
+    why = f", because of {made.why}" if made.why else ""
+    screen.say(f"Nothing was changed or written. The layout would be {made.layout}{why}.")
+    found = [{"name": x.name, "kind": x.kind, "scheme": x.scheme, "reason": x.reason or None} for x in layers]
+    screen.result({"model": model, "layers": found, "layout": made.layout, "layout_reason": made.why or None})
+
+
+def shared(verdict: "dict[Layer, Scheme | str]") -> dict[str, str]:
+    """Layers that hold the same weight as an earlier one: their name and the other's."""
+    first: dict[int, str] = {}
+    weights = [(x.name, x.module.weight) for x in verdict if hasattr(x.module, "weight")]
+    owners = {name: first.setdefault(id(weight), name) for name, weight in weights if weight is not None}
+    return {name: owner for name, owner in owners.items() if owner != name}
+
+
+def pattern(name: str) -> str:
+    """A layer's name with ``*`` for the numbers in it, as a rule would name it and its likes."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def openers(result: Result) -> dict[str, str]:
+    """How to open the folder, by engine; only what is known to be true of this layout and these schemes."""
+    lines = {"octavo": f'octavo.load("{result.out}")'}
+    if result.plan.layout == "compressed-tensors":
+        cls = "AutoModelForCausalLM" if result.causal else result.kind
+        lines["transformers"] = f'{cls}.from_pretrained("{result.out}")'
+        if result.causal and {x.scheme for x in result.summary.quantized} <= VLLM:
+            lines["vLLM"] = f"vllm serve {result.out}"
+    return lines
+
+
+def _layers(screen: Screen, layers: "list[LayerReport]", shared: dict[str, str], planned: bool = False) -> None:
+    if screen.as_json:
+        return
+    eight, left = _group(layers, True), _group(layers, False)
+    numbers = ["layers", "MB"] if planned else ["layers", "MB", "→ MB", "SQNR"]
+    shown = table("in 8 bits", *numbers, right=numbers, fold=["in 8 bits"])
+    for (scheme, kind), members in eight.items():
+        shown.add_row(scheme, f"{len(members)} {kind}", *_sizes(members, planned), style="bold")
+        for name, some in _families(members).items():
+            shown.add_row(f"  {name}", str(len(some)), *_sizes(some, planned))
+    screen.say(shown)
+    if not left:
+        return
+    screen.say()
+    rest = table("left in float", "MB", "why, and which", right=("MB",), fold=("why, and which",))
+    for (reason, kind), members in left.items():
+        names = ", ".join(_families(members))
+        same = f" (shares the weight of {shared[members[0].name]})" if members[0].name in shared else ""
+        rest.add_row(f"{len(members)} {kind}", mb(sum(x.bytes_before for x in members)), f"{reason}: {names}{same}")
+    screen.say(rest)
+
+
+def _group(layers: "list[LayerReport]", eight_bit: bool) -> "dict[tuple[str, str], list[LayerReport]]":
+    groups: dict[tuple[str, str], list[LayerReport]] = {}
+    for layer in layers:
+        if (layer.scheme is not None) == eight_bit:
+            groups.setdefault((layer.scheme or layer.reason, layer.kind), []).append(layer)
+    return dict(sorted(groups.items(), key=lambda group: -sum(x.bytes_before for x in group[1])))
+
+
+def _families(layers: "list[LayerReport]") -> "dict[str, list[LayerReport]]":
+    """The layers by the pattern of their name; one that is alone in it, by its name."""
+    found: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        found.setdefault(pattern(layer.name), []).append(layer)
+    return {some[0].name if len(some) == 1 else name: some for name, some in found.items()}
+
+
+def _sizes(layers: "list[LayerReport]", planned: bool) -> list[str]:
+    before, after = (mb(sum(x)) for x in ([y.bytes_before for y in layers], [y.bytes_after for y in layers]))
+    if planned:
+        return [before]
+    return [before, f"→ {after:>5}", f"{statistics.median(_sqnrs(layers)):.1f} dB"]
+
+
+def _sqnrs(layers: "list[LayerReport]") -> list[float]:
+    return [x.sqnr for x in layers if x.sqnr is not None]
+
+
+def _totals(screen: Screen, result: Result) -> dict[str, str]:
+    summary = result.summary
+    worst = min(summary.quantized, key=lambda x: x.sqnr if x.sqnr is not None else float("inf"))
+    perplexity = {"perplexity": f"not measured: {result.unmeasured}"}
+    if result.before and result.after:
+        change = 100 * (result.after.value / result.before.value - 1)
+        words = f"{result.before.value:.3f} → {result.after.value:.3f} ({change:+.2f} %)".replace("-0.00", "+0.00")
+        perplexity = {"perplexity": words, "": f"over {result.over}"}
+    return {
+        "size": f"{mb(summary.bytes_before)} MB → {mb(summary.bytes_after)} MB "
+        f"({summary.bytes_before / summary.bytes_after:.2f} times smaller)",
+        **perplexity,
+        "weight SQNR": f"median {statistics.median(_sqnrs(summary.quantized)):.1f} dB, "
+        f"worst {worst.sqnr:.1f} dB in {worst.name}",
+        "seconds": ", ".join(f"{name} {seconds:.1f}" for name, seconds in screen.seconds.items()),
+    }
+
+
+def _document(screen: Screen, result: Result) -> dict[str, Any]:
+    summary = result.summary
+    measured: dict[str, Any] = {"not_measured": result.unmeasured}
+    if result.before and result.after:
+        before, after = result.before.value, result.after.value
+        change = 100 * (after / before - 1)
+        measured = {"before": before, "after": after, "change_percent": change, "over": result.over}
+    worst = min(summary.quantized, key=lambda x: x.sqnr if x.sqnr is not None else float("inf"))
+    return {
+        "model": result.model,
+        "class": result.kind,
+        "out": result.out,
+        "layout": result.plan.layout,
+        "layout_reason": result.plan.why or None,
+        "bytes_before": summary.bytes_before,
+        "bytes_after": summary.bytes_after,
+        "perplexity": measured,
+        "weight_sqnr": {
+            "median": statistics.median(_sqnrs(summary.quantized)),
+            "worst": worst.sqnr,
+            "worst_layer": worst.name,
+        },
+        "seconds": screen.seconds,
+        "open_with": openers(result),
+        "notes": summary.notes,
+        "layers": summary.to_json()["layers"],
+    }
