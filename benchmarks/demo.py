@@ -81,7 +81,7 @@ def agreement(model: Any, tokenizer: Any, windows: torch.Tensor) -> dict[str, An
         weights = all(
             torch.equal(layers[name].weight, module.weight)
             for name, module in theirs.named_modules()
-            if isinstance(layers.get(name), ov.nn.linear.QuantizedLinear)
+            if isinstance(layers.get(name), ov.nn.QuantizedLinear)
         )
         return {
             "octavo_load_identical": same,
@@ -96,7 +96,8 @@ def run(count: int = 16, compare: bool = True) -> dict[str, Any]:
     """All schemes, printed as a table."""
     results = {}
     for scheme in ("float", *SCHEMES):
-        code = f"import json; from benchmarks.demo import one; print('\\n' + json.dumps(one({scheme!r}, {count}, {compare})))"
+        call = f"one({scheme!r}, {count}, {compare})"
+        code = f"import json; from benchmarks.demo import one; print('\\n' + json.dumps({call}))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{scheme}: {done.stderr[-2000:]}")

@@ -1,20 +1,48 @@
-"""Octavo: eight-bit numbers for PyTorch. Choose a format, quantize, and ship, INT8 or FP8, with the evidence."""
+"""Octavo: eight-bit numbers for PyTorch. Choose a format, quantize, and ship, INT8 or FP8, with the evidence.
 
-from octavo.analysis.perplexity import perplexity
-from octavo.core import formats, schemes
-from octavo.core.cast import Cast, cast, decode, encode, fake_quantize, quantize, sqnr
-from octavo.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from octavo.core.matmul import matmul
-from octavo.core.qtensor import QTensor
-from octavo.core.records import from_json, to_json
-from octavo.core.scaling import Constant, Current
-from octavo.core.schemes import Scheme
-from octavo.errors import OctavoError, OctavoWarning
-from octavo.io.checkpoint import load, save
-from octavo.ptq.quantize import Summary, quantize_
-from octavo.ptq.rules import Rule
+Names are loaded when they are first used, so that ``import octavo`` and ``octavo --help`` answer at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from octavo import analysis, cli, core, io, nn, ops, ptq
+    from octavo.analysis.perplexity import perplexity
+    from octavo.core import accumulate, formats, requantize, schemes
+    from octavo.core.cast import Cast, cast, decode, encode, fake_quantize, quantize, sqnr
+    from octavo.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+    from octavo.core.matmul import matmul
+    from octavo.core.qtensor import QTensor
+    from octavo.core.records import from_json, to_json
+    from octavo.core.scaling import Constant, Current
+    from octavo.core.schemes import Scheme
+    from octavo.errors import OctavoError, OctavoWarning
+    from octavo.io.checkpoint import load, save
+    from octavo.ptq.quantize import Summary, quantize_
+    from octavo.ptq.rules import Rule
 
 __version__ = "0.1.0"
+
+#: Where each public name lives; a name that is a module's own stands for the module.
+_HOMES = {
+    "octavo": ("analysis", "cli", "core", "io", "nn", "ops", "ptq"),
+    "octavo.analysis.perplexity": ("perplexity",),
+    "octavo.core": ("accumulate", "formats", "requantize", "schemes"),
+    "octavo.core.cast": ("Cast", "cast", "decode", "encode", "fake_quantize", "quantize", "sqnr"),
+    "octavo.core.granularity": ("PerBlock", "PerChannel", "PerGroup", "PerTensor", "PerToken"),
+    "octavo.core.matmul": ("matmul",),
+    "octavo.core.qtensor": ("QTensor",),
+    "octavo.core.records": ("from_json", "to_json"),
+    "octavo.core.scaling": ("Constant", "Current"),
+    "octavo.core.schemes": ("Scheme",),
+    "octavo.errors": ("OctavoError", "OctavoWarning"),
+    "octavo.io.checkpoint": ("load", "save"),
+    "octavo.ptq.quantize": ("Summary", "quantize_"),
+    "octavo.ptq.rules": ("Rule",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = {"octavo", "octavo.core"}
 
 __all__ = [
     "Cast",
@@ -31,19 +59,41 @@ __all__ = [
     "Rule",
     "Scheme",
     "Summary",
+    "accumulate",
+    "analysis",
     "cast",
+    "cli",
+    "core",
     "decode",
     "encode",
     "fake_quantize",
     "formats",
     "from_json",
+    "io",
     "load",
     "matmul",
+    "nn",
+    "ops",
     "perplexity",
+    "ptq",
     "quantize",
     "quantize_",
+    "requantize",
     "save",
     "schemes",
     "sqnr",
     "to_json",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    found = import_module(f"{home}.{name}") if home in _MODULES else getattr(import_module(home), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -95,11 +95,12 @@ def _rates(rows: int, size: int, repeats: int) -> list[Rate]:
         "FP8, torch._scaled_mm": lambda: torch._scaled_mm(f8, g8.T, one, one, out_dtype=torch.bfloat16),
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
+    for turn in range(repeats + 1):
         for name, run in runs.items():
             started = time.perf_counter()
             run()
-            seconds[name].append(time.perf_counter() - started)
+            if turn:  # the first one warms up
+                seconds[name].append(time.perf_counter() - started)
     work = 2e-9 * rows * size * size
     rate = {name: work / statistics.median(times) for name, times in seconds.items()}
     return [Rate(name, rows, size, value, value / rate["FP32"]) for name, value in rate.items()]

@@ -40,7 +40,8 @@ def perplexity(
     """
     if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
         raise OctavoError(f"windows are [count, length] with a length of 2 or more, not {list(windows.shape)}")
-    _check_causal(model)
+    if (why := obstacle(model)) is not None:
+        raise OctavoError(f"perplexity is for causal language models: {why}")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is not None and int(windows.max()) >= vocabulary:
         raise OctavoError(f"the text has token {int(windows.max())}, the model knows {vocabulary}: not its tokenizer")
@@ -72,11 +73,12 @@ def _loss(model: nn.Module, ids: Tensor) -> float:
     return math.fsum(losses)
 
 
-def _check_causal(model: nn.Module) -> None:
-    kind = type(model).__name__
-    config = getattr(model, "config", None)
-    if config is None or not callable(getattr(model, "generate", None)) or getattr(config, "is_encoder_decoder", False):
-        raise OctavoError(f"perplexity is for causal language models, and {kind} is none")
+def obstacle(model: Any) -> str | None:
+    """Why a model has no perplexity, or None."""
+    settings = getattr(model, "config", None)
+    generates = settings is not None and callable(getattr(model, "generate", None))
+    causal = generates and not getattr(settings, "is_encoder_decoder", False)
+    return None if causal else f"{type(model).__name__} is not a causal language model"
 
 
 def _first_not_finite(model: nn.Module, ids: Tensor) -> str:

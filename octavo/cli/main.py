@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TextIO
 from octavo.cli.console import Screen, tell
 from octavo.errors import OctavoError, OctavoWarning
 
-COMMANDS = ("quantize", "evaluate", "inspect", "formats", "doctor")
+COMMANDS = ("quantize", "evaluate", "inspect", "formats", "experiment", "doctor")
 DEBUG = "OCTAVO_DEBUG"
 ABOUT = """\
 Octavo makes models eight bits small: choose a number format, quantize, measure what it

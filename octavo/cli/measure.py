@@ -68,10 +68,9 @@ def read(arguments: argparse.Namespace) -> Text:
 
 def obstacle(model: Any, tokenizer: Any) -> str | None:
     """Why perplexity cannot be measured, or None."""
-    causal = callable(getattr(model, "generate", None)) and not getattr(model.config, "is_encoder_decoder", False)
-    if not causal:
-        return f"{type(model).__name__} is not a causal language model"
-    return "the model comes without a tokenizer" if tokenizer is None else None
+    from octavo.analysis import perplexity
+
+    return perplexity.obstacle(model) or ("the model comes without a tokenizer" if tokenizer is None else None)
 
 
 def windows(arguments: argparse.Namespace, text: Text, model: Any, tokenizer: Any) -> "torch.Tensor":

@@ -6,7 +6,7 @@ Whatever can be refused is refused before the model is opened (flags, output fol
 
 import argparse
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from octavo.cli import measure, report, schemes
 from octavo.cli.console import Screen, count, tell
@@ -118,12 +118,15 @@ def make_plan(source: "Source", rules: "list[Rule]", layout: str) -> Plan:
     """Apply the rules to the opened model. Raises ``OctavoError`` on a rule without a match or an impossible layout."""
     from octavo.core.schemes import Scheme
     from octavo.io import compressed_tensors
-    from octavo.nn import swap
-    from octavo.ptq.rules import assign
+    from octavo.ptq.quantize import check
 
-    verdict = assign(source.model, swap.layers(source.model), rules)
+    verdict = check(source.model, rules)
     chosen = {layer: scheme for layer, scheme in verdict.items() if isinstance(scheme, Scheme)}
-    obstacles = {x.name: why for x, s in chosen.items() if (why := compressed_tensors.obstacle(_stand_in(x, s)))}
+    obstacles = {
+        x.name: why
+        for x, scheme in chosen.items()
+        if (why := compressed_tensors.obstacle(scheme, x.weight.shape[0 if x.transposed else 1], x.transposed))
+    }
     if not obstacles:
         return Plan(verdict, "compressed-tensors" if layout == "auto" else layout, "")
     name, why = next(iter(obstacles.items()))
@@ -131,20 +134,6 @@ def make_plan(source: "Source", rules: "list[Rule]", layout: str) -> Plan:
     if layout == "compressed-tensors":
         raise OctavoError(f"compressed-tensors cannot hold this model: {why}. Use --layout octavo or another scheme")
     return Plan(verdict, "octavo", why)
-
-
-def _stand_in(layer: "Layer", scheme: "Scheme") -> Any:
-    """The 8-bit layer without its numbers."""
-    import torch
-
-    from octavo.core.qtensor import QTensor
-    from octavo.nn.linear import QuantizedLinear
-
-    rows, cols = layer.weight.shape
-    shape = (cols, rows) if layer.transposed else (rows, cols)
-    codes = torch.empty(shape, device="meta")
-    block = scheme.weight.granularity.block(shape)
-    return QuantizedLinear(QTensor(codes, codes, None, scheme.weight.format, block), None, scheme, layer.transposed)
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:

@@ -6,15 +6,21 @@ do vary along K cut it into stretches over which both operands' scales are const
 the results are added in FP32, as DeepSeek-V3 (2412.19437) does every 128.
 
 Zero points come out of the sum as well: ``Σ(x − z)(w − u) = Σxw − zΣw − uΣx + Kzu`` (1712.05877).
+
+Any other accumulator of ``octavo.accumulate`` sees the unscaled numbers too (``codes − zero_point``), one stretch at a
+time from zero: chunks, groups and promotions are counted from the start of each stretch, and stretches are scaled and
+added in FP32. An operand left as it is has one scale, 1.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from octavo import ops
+from octavo.core.accumulate import FP32, Accumulator, Float32, Integer, sum_products
 from octavo.core.cast import Cast, quantize_unchecked
 from octavo.core.formats import IntegerFormat
 from octavo.core.granularity import expand_blocks
@@ -24,28 +30,139 @@ from octavo.errors import OctavoError
 LONGEST = 1 << 16  # integers at a time: 2**16 · 128² < 2**31, so no int32 sum overflows
 
 
-def matmul(a: "Tensor | QTensor", b: "Tensor | QTensor", lhs: Cast | None = None, rhs: Cast | None = None) -> Tensor:
+def matmul(
+    a: "Tensor | QTensor",
+    b: "Tensor | QTensor",
+    lhs: Cast | None = None,
+    rhs: Cast | None = None,
+    accumulate: Accumulator = FP32,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """``a @ b`` with each operand in its own 8 bits: a […, M, K], b [K, N] or […, K, N]; the result is [… , M, N].
 
-    ``lhs`` and ``rhs`` say how to quantize operands that are not QTensors yet; an operand with neither stays as it is,
-    and the product is then an ordinary one of dequantized values. The result has ``a``'s dtype, from FP32 sums.
+    ``lhs`` and ``rhs`` say how to quantize operands that are not QTensors yet; an operand with neither stays as it is.
+    ``accumulate`` says how products are added (see ``octavo.accumulate``); under ``FP32`` a product with an operand
+    left as it is is an ordinary one of dequantized values. ``generator`` serves all stochastic rounding. The result has
+    ``a``'s dtype, from FP32 sums.
+
+    Gradients pass straight through casts and accumulator: ``∂a = g @ dequantized(b).mT`` and
+    ``∂b = dequantized(a).mT @ g``, in FP32.
+
+    Raises ``OctavoError`` for shapes that do not fit, for operands that are not floating-point (or, with an emulated
+    accumulator, float64), and for an ``Integer`` accumulator unless both operands are cast to integers.
     """
-    a = quantize_unchecked(a, lhs) if isinstance(a, Tensor) and lhs is not None else a
-    b = quantize_unchecked(b, rhs) if isinstance(b, Tensor) and rhs is not None else b
-    if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[-1] != b.shape[-2]:
-        raise OctavoError(f"matmul of {list(a.shape)} and {list(b.shape)}: it needs […, M, K] and […, K, N]")
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        dtype = a.dtype
-        a, b = (t if isinstance(t, Tensor) else t.dequantize(dtype) for t in (a, b))
-        return a @ b.to(dtype)
+    if not isinstance(accumulate, Accumulator):
+        raise OctavoError(f"accumulate is one of octavo.accumulate's, such as accumulate.FP32, not {accumulate!r}")
+    left, right = _operand(a, lhs, accumulate, generator), _operand(b, rhs, accumulate, generator)
+    batch = _batch(left, right)
+    tensors = [x if isinstance(x, Tensor) else None for x in (a, b)]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        quantized = [None if isinstance(q, Tensor) else q for q in (left, right)]
+        result: Tensor = _StraightThrough.apply(*tensors, *quantized, batch, accumulate, generator)
+        return result
+    return _matmul(left, right, batch, accumulate, generator)
+
+
+def _matmul(
+    a: Tensor | QTensor, b: Tensor | QTensor, batch: torch.Size, how: Accumulator, generator: torch.Generator | None
+) -> Tensor:
     dtype = a.dtype
+    if isinstance(how, Float32) and (isinstance(a, Tensor) or isinstance(b, Tensor)):
+        return _dense(a, dtype) @ _dense(b, dtype)
     if len(a.shape) == 2 and len(b.shape) == 2:
-        return multiply(a, b.mT).to(dtype)
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    left, right = _batches(a, batch), _batches(b, batch)
-    products = [multiply(x, y.mT) for x, y in zip(left, right, strict=True)]
+        return _product(a, b.mT, how, generator).to(dtype)
+    pairs = zip(_batches(a, batch), _batches(b, batch), strict=True)
+    products = [_product(x, y.mT, how, generator) for x, y in pairs]
     shape = (*batch, a.shape[-2], b.shape[-1])
     return (torch.stack(products) if products else torch.empty(0, device=a.device)).view(shape).to(dtype)
+
+
+def _product(a: Tensor | QTensor, b: Tensor | QTensor, how: Accumulator, generator: torch.Generator | None) -> Tensor:
+    """``a @ b.T`` of [M, K] and [N, K] in float32, with any accumulator."""
+    if isinstance(how, Float32) and isinstance(a, QTensor) and isinstance(b, QTensor):
+        return multiply(a, b)
+    x, w = (t.float() if isinstance(t, Tensor) else t.numbers() for t in (a, b))
+    k, quantized = a.shape[1], [q for q in (a, b) if isinstance(q, QTensor)]
+    edges = sorted({k, 0}.union(*(range(0, k, q.block[1] or 1) for q in quantized)))
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
+    for start, stop in pairwise(edges):
+        product = sum_products(x[:, start:stop], w[:, start:stop], how, generator)
+        if isinstance(a, QTensor):
+            product = product.mul_(column(a.scale, a, start))
+        if isinstance(b, QTensor):
+            product = product.mul_(column(b.scale, b, start).mT)
+        total = product if start == 0 else total.add_(product)
+    return total
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The product of what was quantized; the gradient of the product of what it stands for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor | None,
+        b: Tensor | None,
+        left: QTensor | None,
+        right: QTensor | None,
+        batch: torch.Size,
+        how: Accumulator,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        ctx.save_for_backward(a if left is None else None, b if right is None else None)
+        ctx.quantized = (left, right)
+        ctx.like = tuple(None if x is None else (x.shape, x.dtype) for x in (a, b))
+        x, y = (t if q is None else q for t, q in ((a, left), (b, right)))
+        assert x is not None
+        assert y is not None
+        return _matmul(x, y, batch, how, generator)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        work = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        g = gradient.to(work)
+        a, b = (_dense(t if q is None else q, work) for t, q in zip(ctx.saved_tensors, ctx.quantized, strict=True))
+        grads: list[Tensor | None] = [None] * 7
+        if ctx.needs_input_grad[0]:
+            shape, dtype = ctx.like[0]
+            grads[0] = (g @ b.mT).sum_to_size(shape).to(dtype)
+        if ctx.needs_input_grad[1]:
+            shape, dtype = ctx.like[1]
+            if len(shape) == 2 and a.dim() > 2:  # one product instead of a batch of them and its sum
+                a, g = a.expand(*g.shape[:-2], *a.shape[-2:]).flatten(0, -2), g.flatten(0, -2)
+            grads[1] = (a.mT @ g).sum_to_size(shape).to(dtype)
+        return tuple(grads)
+
+
+def _operand(
+    x: Tensor | QTensor, cast: Cast | None, how: Accumulator, generator: torch.Generator | None
+) -> Tensor | QTensor:
+    """One operand as the product takes it, quantized if it is to be."""
+    if isinstance(x, Tensor):
+        if not x.is_floating_point():
+            raise OctavoError(f"matmul takes floating-point tensors and QTensors, not {x.dtype}; convert it first")
+        x = x if cast is None else quantize_unchecked(x, cast, generator=generator)
+    if isinstance(how, Integer) and (isinstance(x, Tensor) or not isinstance(x.format, IntegerFormat)):
+        name = x.dtype if isinstance(x, Tensor) else x.format.name
+        raise OctavoError(f"an Integer accumulator adds integers, not {name}; cast both operands to INT8 or the like")
+    if isinstance(x, Tensor) and x.dtype == torch.float64 and not isinstance(how, Float32):
+        raise OctavoError("accumulators are emulated for operands of at most 24 bits, not float64; convert to float32")
+    return x
+
+
+def _batch(a: Tensor | QTensor, b: Tensor | QTensor) -> torch.Size:
+    """The leading dimensions of the product."""
+    if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[-1] != b.shape[-2]:
+        raise OctavoError(f"matmul of {list(a.shape)} and {list(b.shape)}: it needs […, M, K] and […, K, N]")
+    try:
+        batch: torch.Size = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except RuntimeError as error:
+        raise OctavoError(f"matmul of {list(a.shape)} and {list(b.shape)}: leading dimensions do not fit") from error
+    return batch
+
+
+def _dense(x: Tensor | QTensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if isinstance(x, Tensor) else x.dequantize(dtype)
 
 
 def multiply(a: QTensor, b: QTensor) -> Tensor:
@@ -57,7 +174,7 @@ def multiply(a: QTensor, b: QTensor) -> Tensor:
     exact = a.format.exact_in_bfloat16 and b.format.exact_in_bfloat16
     (m, k), n = a.shape, b.shape[0]
     if integers:
-        (x, zx), (w, zw) = _signed(a), _signed(b)
+        (x, zx), (w, zw) = signed_codes(a), signed_codes(b)
     else:
         (x, zx), (w, zw) = ((q.numbers(torch.bfloat16 if exact else torch.float32), None) for q in (a, b))
     total: Tensor | None = None
@@ -65,15 +182,15 @@ def multiply(a: QTensor, b: QTensor) -> Tensor:
     for start, stop in pairwise(edges):
         left, right = x[:, start:stop], w[:, start:stop]
         if integers:
-            product = _integer(left, right, _column(zx, a, start), _column(zw, b, start)).float()
+            product = integer_sums(left, right, column(zx, a, start), column(zw, b, start)).float()
         else:
             product = ops.float_mm(left, right)
-        product = product.mul_(_column(a.scale, a, start)).mul_(_column(b.scale, b, start).mT)
+        product = product.mul_(column(a.scale, a, start)).mul_(column(b.scale, b, start).mT)
         total = product if total is None else total.add_(product)
     return torch.zeros(m, n, dtype=torch.float32, device=a.device) if total is None else total
 
 
-def _integer(x: Tensor, w: Tensor, zx: Tensor | None, zw: Tensor | None) -> Tensor:
+def integer_sums(x: Tensor, w: Tensor, zx: Tensor | None, zw: Tensor | None) -> Tensor:
     """``(x − zx) @ (w − zw).T`` of int8 codes, exactly: int32, or int64 where zero points make it larger."""
     total = ops.int_mm(x, w)
     if zx is None and zw is None:
@@ -88,7 +205,7 @@ def _integer(x: Tensor, w: Tensor, zx: Tensor | None, zw: Tensor | None) -> Tens
     return total
 
 
-def _signed(q: QTensor) -> tuple[Tensor, Tensor | None]:
+def signed_codes(q: QTensor) -> tuple[Tensor, Tensor | None]:
     """Codes as int8, and their zero point: unsigned codes move down by 128, and so does their zero point."""
     if q.codes.dtype == torch.int8:
         return q.codes, q.zero_point
@@ -98,20 +215,22 @@ def _signed(q: QTensor) -> tuple[Tensor, Tensor | None]:
 
 
 @overload
-def _column(values: Tensor, q: QTensor, start: int) -> Tensor: ...
+def column(values: Tensor, q: QTensor, start: int) -> Tensor: ...
 @overload
-def _column(values: None, q: QTensor, start: int) -> None: ...
-def _column(values: Tensor | None, q: QTensor, start: int) -> Tensor | None:
+def column(values: None, q: QTensor, start: int) -> None: ...
+def column(values: Tensor | None, q: QTensor, start: int) -> Tensor | None:
     """The scales (or zero points) that hold from column ``start`` on, [rows, 1] or [1, 1]."""
     if values is None:
         return None
     index = start // q.block[1] if values.shape[1] > 1 else 0
-    column = values[:, index : index + 1]
-    return expand_blocks(column, (q.shape[0], 1), (q.block[0], 1)) if column.shape[0] > 1 else column
+    found = values[:, index : index + 1]
+    return expand_blocks(found, (q.shape[0], 1), (q.block[0], 1)) if found.shape[0] > 1 else found
 
 
-def _batches(q: QTensor, batch: torch.Size) -> list[QTensor]:
-    """The matrices of a batched QTensor, broadcast to ``batch``."""
+def _batches(q: Tensor | QTensor, batch: torch.Size) -> Sequence[Tensor | QTensor]:
+    """The matrices of a batched operand, broadcast to ``batch``."""
+    if isinstance(q, Tensor):
+        return list(q.expand(*batch, *q.shape[-2:]).reshape(-1, *q.shape[-2:]))
     rows = q.block[-2:]
     lead = tuple(q.shape[:-2])
     codes = q.codes.expand(*batch, *q.shape[-2:]).reshape(-1, *q.shape[-2:])

@@ -1,4 +1,4 @@
-"""The nouns as JSON and back: formats, granularities, scales, casts, schemes.
+"""The nouns as JSON and back: formats, granularities, scales, casts, schemes, accumulators.
 
 Every record is an object with its class under ``"type"``; only the classes listed here can come back, so a file cannot
 name anything else. A catalogue format is written as its name.
@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from octavo.core import formats
+from octavo.core.accumulate import Chunked, Float32, Integer, Sequential, TensorCore
 from octavo.core.cast import Cast
 from octavo.core.formats import FloatFormat, IntegerFormat
 from octavo.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
@@ -21,6 +22,7 @@ RECORDS: dict[str, type] = {
     for cls in (
         *(FloatFormat, IntegerFormat, PerTensor, PerChannel, PerToken, PerGroup, PerBlock),
         *(Current, Constant, Cast, Scheme),
+        *(Float32, Sequential, Chunked, TensorCore, Integer),
     )
 }
 

@@ -1,12 +1,13 @@
 """Save a quantized model as a folder that engines load, and load it back with bit-identical results.
 
-Two layouts. ``compressed-tensors`` is what vLLM and transformers read; it knows INT8 and E4M3FN. ``octavo`` holds every
-scheme: the same folder, with codes and scales under their own names and the schemes in ``octavo.json``; its config
-names the method ``octavo``, so that an engine that cannot read it says so instead of running random weights.
+Two layouts. ``compressed-tensors`` is what vLLM and transformers read; it knows INT8 and E4M3FN. ``octavo`` holds
+every scheme: codes and scales under their own names in ``octavo.safetensors``, and the schemes in ``octavo.json``. The
+file is so named that an engine which cannot read it finds no weights, instead of starting from random ones.
 """
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from octavo.core.formats import IntegerFormat
 from octavo.core.granularity import scale_shape
 from octavo.core.qtensor import QTensor
 from octavo.core.records import from_json, to_json
@@ -35,16 +37,18 @@ CONFIG = "config.json"
 MANIFEST = "octavo.json"
 VERSION = 1
 SHARD = "5GB"
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
 
 
 def layout_for(model: nn.Module) -> tuple[str, str]:
     """The layout that most engines read and that can hold this model, and why it is not compressed-tensors, if not."""
     for name, layer in _quantized(model).items():
-        why = compressed_tensors.obstacle(layer)
+        why = compressed_tensors.obstacle(layer.scheme, layer.in_features, layer.transposed)
         if why is not None:
             return "octavo", f"{name}: {why}"
-    if not hasattr(model, "config"):
+    if not _is_transformers(model):
         return "octavo", f"{type(model).__name__} is not a transformers model"
     return "compressed-tensors", ""
 
@@ -78,7 +82,7 @@ def save(
             state |= compressed_tensors.tensors(name, layer)
         method = compressed_tensors.config(layers, model)
     with atomic_folder(folder, force) as unfinished:
-        if hasattr(model, "config"):
+        if _is_transformers(model):
             _write_config(model, layers, unfinished, method)
         manifest = {
             "version": VERSION,
@@ -90,7 +94,7 @@ def save(
             },
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _write_tensors(model, state, unfinished)
+        _write_tensors(model, state, unfinished, safe_files.OWN if layout == "octavo" else safe_files.WEIGHTS)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
 
@@ -244,6 +248,10 @@ def _native_weight(
                 f"{name}.{part} is {tensor.dtype} {list(tensor.shape)}, its scheme says {expected[part][0]} "
                 f"{list(expected[part][1])}: the checkpoint is damaged"
             )
+    fmt, codes = scheme.weight.format, pieces["codes"]
+    low, high = (fmt.low, fmt.high) if isinstance(fmt, IntegerFormat) else (0, 2**fmt.bits - 1)
+    if codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high:
+        raise OctavoError(f"{name}.codes holds codes that {fmt.name} does not have: the checkpoint is damaged")
     if not bool(pieces["scale"].isfinite().all()):
         raise OctavoError(f"{name}.scale holds NaN or Inf: the checkpoint is damaged")
     if scheme.weight.affine != ("zero_point" in pieces):
@@ -267,7 +275,7 @@ def _unsaved_buffers(model: nn.Module) -> dict[str, str]:
 def _restore_buffers(model: nn.Module, dtypes: Any) -> None:
     buffers = dict(model.named_buffers())
     for name, dtype in dtypes.items() if isinstance(dtypes, dict) else ():
-        if name in buffers and dtype in DTYPES:
+        if name in buffers and isinstance(dtype, str) and dtype in DTYPES:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, buffers[name].to(DTYPES[dtype]))
 
@@ -281,14 +289,16 @@ def _quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedLinear)}
 
 
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "config", None), "save_pretrained")
+
+
 def _method(config: Mapping[str, Any]) -> str | None:
     told = config.get("quantization_config")
     return str(told.get("quant_method")) if isinstance(told, dict) else None
 
 
-def _write_config(
-    model: Any, layers: Mapping[str, QuantizedLinear], folder: Path, method: dict[str, Any]
-) -> None:
+def _write_config(model: Any, layers: Mapping[str, QuantizedLinear], folder: Path, method: dict[str, Any]) -> None:
     settings = model.config
     settings.save_pretrained(folder)
     generation = getattr(model, "generation_config", None)
@@ -303,21 +313,27 @@ def _write_config(
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_tensors(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+def _write_tensors(model: nn.Module, state: Mapping[str, Tensor], folder: Path, file: str) -> None:
     """Shards of at most ``SHARD``; a float tensor that two names share is written once where transformers ties it."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    names_at = Counter(tensor.data_ptr() for tensor in state.values())
     seen: set[int] = set()
     content = {}
     for name, tensor in state.items():
-        if name in tied and tensor.data_ptr() in {t.data_ptr() for n, t in state.items() if n != name}:
+        at = tensor.data_ptr()
+        if name in tied and names_at[at] > 1:
             continue
         # every name its own bytes: safetensors refuses tensors that share memory
-        content[name] = (tensor.clone() if tensor.data_ptr() in seen else tensor).contiguous()
-        seen.add(tensor.data_ptr())
-    if hasattr(model, "config"):
+        storage = tensor.untyped_storage().data_ptr()
+        content[name] = (tensor.clone() if storage in seen else tensor).contiguous()
+        seen.add(storage)
+    if _is_transformers(model):
+        pattern = file.replace(".safetensors", "{suffix}.safetensors")
         hub = loading.require("huggingface_hub")
-        hub.save_torch_state_dict(content, folder, max_shard_size=SHARD, metadata={"format": "pt"})
+        hub.save_torch_state_dict(
+            content, folder, filename_pattern=pattern, max_shard_size=SHARD, metadata={"format": "pt"}
+        )
     else:
         from safetensors.torch import save_file
 
-        save_file(content, folder / safe_files.WEIGHTS, metadata={"format": "pt"})
+        save_file(content, folder / file, metadata={"format": "pt"})

@@ -6,6 +6,7 @@ nothing else when it is symmetric. 8-bit weights without 8-bit inputs are packed
 with the layer's name.
 """
 
+import operator
 import re
 from typing import Any
 
@@ -28,10 +29,10 @@ TYPES: dict[Format, str] = {fmt: name for name, fmt in FORMATS.items()}
 MIXED = "mixed-precision"
 
 
-def obstacle(layer: QuantizedLinear) -> str | None:
-    """Why this layer cannot be written in the layout, or None."""
-    weight, how = layer.scheme.weight, layer.scheme.input
-    if layer.transposed:
+def obstacle(scheme: Scheme, in_features: int, transposed: bool) -> str | None:
+    """Why a layer of that scheme cannot be written in the layout, or None."""
+    weight, how = scheme.weight, scheme.input
+    if transposed:
         return "it is a transformers Conv1D, which no loader of the layout knows"
     if weight.format not in TYPES:
         return f"the layout has INT8 and E4M3FN weights, not {weight.format.name}"
@@ -40,11 +41,11 @@ def obstacle(layer: QuantizedLinear) -> str | None:
     match weight.granularity:
         case PerChannel(axis) if axis % 2 == 1:
             return "the layout has weight scales per output channel, not per input channel"
-        case PerGroup(size) if layer.in_features % size:
-            return f"groups of {size} do not divide its {layer.in_features} inputs"
+        case PerGroup(size) if in_features % size:
+            return f"groups of {size} do not divide its {in_features} inputs"
     if how is None:
-        if layer.in_features % 4 and weight.format is formats.INT8:
-            return f"four weights are packed to a word, and {layer.in_features} inputs are not a multiple of 4"
+        if in_features % 4 and weight.format is formats.INT8:
+            return f"four weights are packed to a word, and {in_features} inputs are not a multiple of 4"
         return None if not isinstance(weight.granularity, PerBlock) else "weights in blocks need inputs in 8 bits"
     if how.format not in TYPES:
         return f"the layout has INT8 and E4M3FN inputs, not {how.format.name}"
@@ -55,10 +56,10 @@ def obstacle(layer: QuantizedLinear) -> str | None:
     match how.granularity:
         case PerToken() | PerTensor():
             return None
-        case PerGroup(size) if layer.in_features % size == 0:
+        case PerGroup(size) if in_features % size == 0:
             return None
         case PerGroup(size):
-            return f"groups of {size} do not divide its {layer.in_features} inputs"
+            return f"groups of {size} do not divide its {in_features} inputs"
     return f"the layout has no inputs {how.granularity}"
 
 
@@ -66,7 +67,10 @@ def tensors(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
     """The layer's tensors as the layout names and stores them."""
     weight = layer.quantized_weight
     whole = layer.scheme.weight.granularity == PerTensor()  # then the layout has one dimension
-    content = {f"{name}.weight_scale": (weight.scale.reshape(1) if whole else weight.scale).to(weight.dtype)}
+    scale = weight.scale.reshape(1) if whole else weight.scale
+    short = scale if weight.dtype == torch.float64 else scale.to(weight.dtype)
+    # a model that was converted after it was quantized has scales that its dtype cannot hold
+    content = {f"{name}.weight_scale": short if torch.equal(short.float(), scale) else scale}
     if layer.bias is not None:
         content[f"{name}.bias"] = layer.bias
     if _packed(layer.scheme):
@@ -83,7 +87,7 @@ def config(layers: dict[str, QuantizedLinear], model: nn.Module) -> dict[str, An
     groups: dict[Scheme, list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault(layer.scheme, []).append(name)
-    ignored = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    ignored = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
     styles = {_style(scheme) for scheme in groups}
     described = {}
     for index, (scheme, names) in enumerate(groups.items()):
@@ -106,22 +110,29 @@ def config(layers: dict[str, QuantizedLinear], model: nn.Module) -> dict[str, An
 
 def parse(told: dict[str, Any], linears: dict[str, nn.Module], where: str) -> dict[str, Scheme]:
     """The scheme of every linear that a ``quantization_config`` quantizes, by module name."""
-    ignore = [str(entry) for entry in told.get("ignore") or []]
-    groups = told.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
+    groups, ignore = told.get("config_groups"), told.get("ignore") or []
+    if not isinstance(groups, dict) or not groups or not isinstance(ignore, list):
         raise OctavoError(f"{where}: quantization_config has no config_groups; the file is incomplete")
-    result: dict[str, Scheme] = {}
+    if told.get("transform_config") or (told.get("sparsity_config") or {"format": "dense"}) != {"format": "dense"}:
+        raise OctavoError(f"{where}: the weights are transformed or sparse, which Octavo does not undo")
+    schemes: dict[str, Scheme] = {}
     for key, group in groups.items():
         try:
-            scheme = Scheme(
-                _cast(group["weights"]), None if (x := group.get("input_activations")) is None else _cast(x)
-            )
-            targets = [str(entry) for entry in group["targets"]]
-        except (KeyError, TypeError, AttributeError, OctavoError) as error:
+            inputs = group.get("input_activations")
+            scheme = Scheme(_cast(group["weights"], False), None if inputs is None else _cast(inputs, True))
+            schemes |= {str(entry): scheme for entry in group["targets"]}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise OctavoError(f"{where}: config group {key!r} is not one Octavo can run: {error}") from error
+    # whose target decides: a name before a pattern before a class, as the library has it
+    targets = sorted(schemes, key=lambda target: ("re:" in target, target))
+    result: dict[str, Scheme] = {}
+    try:
         for name, module in linears.items():
-            if any(_hit(target, name, module) for target in targets) and not any(_hit(e, name, module) for e in ignore):
-                result.setdefault(name, scheme)
+            hits = [t for t in targets if _named(t, name)] + [t for t in targets if _of_class(t, module)]
+            if hits and not any(_named(str(e), name) or _of_class(str(e), module) for e in ignore):
+                result[name] = schemes[hits[0]]
+    except re.error as error:
+        raise OctavoError(f"{where}: a target or an ignored name is no regular expression: {error}") from error
     if not result:
         raise OctavoError(f"{where}: the config groups of quantization_config match no linear layer of the model")
     return result
@@ -179,25 +190,25 @@ def _side(how: Cast, dynamic: bool) -> dict[str, Any]:
             return told | {"strategy": "tensor"}
         case PerChannel():
             return told | {"strategy": "channel"}
-        case PerToken():
-            return told | {"strategy": "token"}
+        case PerToken():  # of a weight, whose rows are its channels, the layout does not say so
+            return told | {"strategy": "token" if dynamic else "channel"}
         case PerGroup(size):
             return told | {"strategy": "group", "group_size": size}
         case PerBlock(rows, cols):
             return told | {"strategy": "block", "block_structure": [rows, cols]}
 
 
-def _cast(told: dict[str, Any]) -> Cast:
+def _cast(told: dict[str, Any], dynamic: bool) -> Cast:
     if told.get("num_bits") != 8 or told.get("type") not in FORMATS or not told.get("symmetric", True):
         raise OctavoError(f"only symmetric 8-bit numbers of type int or float, not {told}")
-    if told.get("actorder") or told.get("dynamic") not in (True, False):
-        raise OctavoError(f"neither actorder nor partly dynamic scales: {told}")
+    if told.get("actorder") or told.get("dynamic", False) is not dynamic:
+        raise OctavoError(f"only {'dynamic scales for inputs' if dynamic else 'static scales for weights'}: {told}")
     strategy = told.get("strategy") or ("group" if told.get("group_size") else "tensor")
     if strategy == "block":
-        rows, cols = told["block_structure"]
+        rows, cols = map(operator.index, told["block_structure"])
         return Cast(FORMATS[told["type"]], PerBlock(rows, cols))
     if strategy == "group":
-        return Cast(FORMATS[told["type"]], PerGroup(told["group_size"]))
+        return Cast(FORMATS[told["type"]], PerGroup(operator.index(told["group_size"])))
     plain: dict[str, PerTensor | PerChannel | PerToken] = {
         "tensor": PerTensor(),
         "channel": PerChannel(0),
@@ -208,7 +219,9 @@ def _cast(told: dict[str, Any]) -> Cast:
     return Cast(FORMATS[told["type"]], plain[strategy])
 
 
-def _hit(target: str, name: str, module: nn.Module) -> bool:
-    if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
-    return target in (name, type(module).__name__)
+def _named(target: str, name: str) -> bool:
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+
+
+def _of_class(target: str, module: nn.Module) -> bool:
+    return any(cls.__name__ == target for cls in type(module).__mro__)

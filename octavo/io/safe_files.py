@@ -21,6 +21,7 @@ from octavo.errors import OctavoError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+OWN = "octavo.safetensors"  # of a layout that only Octavo reads, so named that nothing else tries
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 MAX_DIMENSIONS = 64  # the limit of torch
 BITS = {
@@ -55,8 +56,7 @@ def tensors(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
                     f"{folder}: tensor {show(name)} is in both {found[name].file.name} and {file.name}. {_AGAIN}"
                 )
             found[name] = info
-    index = Path(folder) / INDEX
-    if index.is_file() and not (Path(folder) / WEIGHTS).is_file():
+    for index in _indices(folder):
         for name, shard in _weight_map(index).items():
             if name not in found or found[name].file != Path(folder) / shard:
                 raise OctavoError(f"{index}: tensor {show(name)} is not in {show(shard)}. {_AGAIN}")
@@ -101,10 +101,11 @@ def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
         raise OctavoError(f"{folder} cannot be read ({error.strerror}). Name a folder with a checkpoint.") from None
     if any(_DISTRIBUTED.fullmatch(name) for name in names):
         raise OctavoError(f"{folder} is a distributed training checkpoint. Save it whole with save_pretrained first.")
-    if WEIGHTS in names:
-        return [folder / WEIGHTS]
-    if INDEX in names:
-        shards = sorted(set(_weight_map(folder / INDEX).values()))
+    for whole in (WEIGHTS, OWN):
+        if whole in names:
+            return [folder / whole]
+    for index in _indices(folder):
+        shards = sorted(set(_weight_map(index).values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise OctavoError(
@@ -116,6 +117,15 @@ def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
         remedy = f"Rename it to {WEIGHTS}." if len(other) == 1 else f"Download {INDEX}, which says how they belong."
         raise OctavoError(f"{folder} holds {listed(other)}, but neither {WEIGHTS} nor {INDEX}. {remedy}")
     raise OctavoError(f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX}. Download the checkpoint's weights.")
+
+
+def _indices(folder: str | os.PathLike[str]) -> list[Path]:
+    """The index of a checkpoint in shards; none where the weights are in one file."""
+    return [
+        index
+        for whole in (WEIGHTS, OWN)
+        if (index := Path(folder) / f"{whole}.index.json").is_file() and not (Path(folder) / whole).is_file()
+    ]
 
 
 def header(file: str | os.PathLike[str]) -> dict[str, TensorInfo]:

@@ -1,1 +1,5 @@
 """Modules whose weights are 8-bit codes."""
+
+from octavo.nn.linear import QuantizedLinear
+
+__all__ = ["QuantizedLinear"]

@@ -58,7 +58,7 @@ class QuantizedLinear(nn.Module):
         if how is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.quantized_weight.dequantize(x.dtype), bias)
-        rows = quantize_unchecked(x.reshape(-1, self.in_features), how)
+        rows = quantize_unchecked(x.reshape(x.shape[:-1].numel(), self.in_features), how)
         y = multiply(rows, self.quantized_weight)
         if self.bias is not None:
             y += self.bias

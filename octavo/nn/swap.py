@@ -63,7 +63,8 @@ def layers(model: nn.Module) -> list[Layer]:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     readers = _read_by_their_parent(model)
-    within = {part for module in names if _computed(module) for part in module.parametrizations.modules()}
+    computed = [module.get_submodule("parametrizations") for module in names if _computed(module)]
+    within = {part for parametrizations in computed for part in parametrizations.modules()}
     found = []
     for module, known_as in names.items():
         if module in within:

@@ -92,18 +92,15 @@ def quantize_(model: nn.Module, rules: Rules, *, track: "Track[str] | None" = No
     scheme matches nothing, nothing is left to quantize, or a weight is on the meta device or holds NaN or Inf.
     """
     started = time.perf_counter()
-    found = swap.layers(model)
-    verdict = assign(model, found, rules)
+    verdict = check(model, rules)
     chosen = [(layer, scheme) for layer, scheme in verdict.items() if isinstance(scheme, Scheme)]
-    for layer, scheme in chosen:
-        _check(layer, scheme)
     before = model_bytes(model)
-    reports = {x.name: LayerReport(x.name, x.kind, None, str(verdict[x]), x.nbytes, x.nbytes) for x in found}
+    reports = {x.name: LayerReport(x.name, x.kind, None, str(verdict[x]), x.nbytes, x.nbytes) for x in verdict}
     notes = _notes(model, [layer for layer, _ in chosen])
     owners = Counter(id(layer.owner) for layer, _ in chosen)
     shared: dict[tuple[int, Scheme], tuple[Layer, QTensor]] = {}
     names, queue = [layer.name for layer, _ in chosen], deque(chosen)
-    del found, verdict, chosen  # from here on only the queue keeps float weights alive, each until its turn
+    del verdict, chosen  # from here on only the queue keeps float weights alive, each until its turn
     for _ in track(names, "quantizing") if track else names:
         layer, scheme = queue.popleft()
         new = linear.from_float(layer.weight, getattr(layer.module, "bias", None), scheme, layer.transposed)
@@ -115,6 +112,15 @@ def quantize_(model: nn.Module, rules: Rules, *, track: "Track[str] | None" = No
         after = sum(t.nbytes for t in new.buffers())
         reports[layer.name] = LayerReport(layer.name, layer.kind, describe(scheme), "", layer.nbytes, after, quality)
     return Summary(list(reports.values()), before, model_bytes(model), time.perf_counter() - started, notes)
+
+
+def check(model: nn.Module, rules: Rules) -> dict[Layer, Scheme | str]:
+    """What ``quantize_`` would do to every layer: its scheme, or why it is left alone. Raises what it would raise."""
+    verdict = assign(model, swap.layers(model), rules)
+    for layer, scheme in verdict.items():
+        if isinstance(scheme, Scheme):
+            _check(layer, scheme)
+    return verdict
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -49,9 +49,9 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
         return (Rule(schemes.get(rules)),)
     if isinstance(rules, Mapping):
         rules = [Rule(scheme, name) for name, scheme in rules.items()]
-    for rule in rules if isinstance(rules, Sequence) else [rules]:
-        if not isinstance(rules, Sequence) or not isinstance(rule, Rule):
-            raise OctavoError(f"rules are octavo.Rule(scheme, name=…, type=…), not {rule!r}")
+    wrong = [rule for rule in rules if not isinstance(rule, Rule)] if isinstance(rules, Sequence) else [rules]
+    if wrong:
+        raise OctavoError(f"rules are octavo.Rule(scheme, name=…, type=…), not {wrong[0]!r}")
     if not rules:
         raise OctavoError("the list of rules is empty; nothing would be quantized")
     return tuple(Rule(None if r.scheme is None else schemes.get(r.scheme), r.name, r.type) for r in rules)

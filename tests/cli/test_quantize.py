@@ -289,7 +289,7 @@ def test_ctrl_c_while_writing(place):
     script = (
         "import sys, time\n"
         "from octavo.io import checkpoint\n"
-        "def slow(model, state, folder):\n"
+        "def slow(model, state, folder, file):\n"
         "    (folder / 'model.safetensors').write_bytes(b'half')\n"
         "    print('writing', flush=True)\n"
         "    time.sleep(60)\n"

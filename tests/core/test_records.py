@@ -18,6 +18,7 @@ from octavo import (
     PerTensor,
     PerToken,
     Scheme,
+    accumulate,
     from_json,
     schemes,
     to_json,
@@ -38,6 +39,9 @@ NOUNS = [
     Cast("E5M2", PerToken(), Constant(0.25), "stochastic"),
     *schemes.NAMES.values(),
     Scheme(Cast(formats.float_format(4, 3, 7.5, "none")), Cast("E5M6", PerToken())),
+    *(accumulate.FP32, accumulate.Sequential("BF16", "stochastic"), accumulate.Integer(16, "saturate")),
+    *(accumulate.Chunked("FP16_169", 32), accumulate.Chunked("FP16_169", outer="FP16")),
+    *(accumulate.TensorCore(), accumulate.TensorCore(16, 20, None)),
 ]
 
 

@@ -295,6 +295,7 @@ def test_other_warnings_come_back(tmp_path):
     from octavo.io import loading
 
     logger = transformers.utils.logging.get_logger("transformers.test")
+    logger.setLevel("WARNING")  # whatever the verbosity of the tests
     with pytest.warns(OctavoWarning, match="something real"), loading.transformers_on(tmp_path):
         logger.warning("something real")
     with pytest.raises(OctavoError, match=r"cannot load it \(boom\)"), loading.transformers_on(tmp_path):

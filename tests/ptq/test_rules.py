@@ -1,0 +1,155 @@
+"""Ordered rules: the first that matches decides, and what matches nothing is an error."""
+
+import pytest
+import torch
+from torch import nn
+
+import octavo as ov
+from octavo import OctavoError, Rule
+from octavo.core import schemes
+from octavo.nn import swap
+from octavo.ptq.rules import as_rules, assign, output_heads
+from tests.nn import models
+
+INT8, FP8 = schemes.INT8_DYNAMIC, schemes.FP8_DYNAMIC
+
+
+def decide(model, rules):
+    return {layer.name: verdict for layer, verdict in assign(model, swap.layers(model), rules).items()}
+
+
+def net():
+    return nn.ModuleDict(
+        {
+            "a": nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)),
+            "b": nn.ModuleList([nn.Linear(4, 4), type("Special", (nn.Linear,), {})(4, 4)]),
+            "lm_head": nn.Linear(4, 9),
+        }
+    )
+
+
+HEAD = "output head, left in float unless a rule gives its exact name"
+
+
+def test_one_scheme():
+    for rules in (INT8, "int8-dynamic", [Rule(INT8)], [Rule("int8-dynamic")], {"*": "INT8_DYNAMIC"}):
+        verdict = decide(net(), rules)
+        assert verdict.pop("a.1") == "no matrix"
+        assert verdict.pop("lm_head") == HEAD
+        assert verdict == dict.fromkeys(("a.0", "a.2", "b.0", "b.1"), INT8)
+
+
+def test_the_first_match_decides():
+    verdict = decide(net(), [Rule(FP8, "a.0"), Rule(None, "a.*"), Rule(INT8)])
+    assert verdict["a.0"] == FP8
+    assert verdict["a.2"] == "rule name='a.*'"
+    assert verdict["b.0"] == INT8
+    verdict = decide(net(), {"a.*": None, "a.0": "fp8-dynamic", "*": "int8-dynamic"})
+    assert verdict["a.0"] == "rule name='a.*'"
+
+
+def test_patterns():
+    assert [n for n, v in decide(net(), {"*.0": "int8-dynamic"}).items() if v == INT8] == ["a.0", "b.0"]
+    assert [n for n, v in decide(net(), {"b.[!0]": "int8-dynamic"}).items() if v == INT8] == ["b.1"]
+    assert [n for n, v in decide(net(), {"?.2": "int8-dynamic"}).items() if v == INT8] == ["a.2"]
+    with pytest.raises(OctavoError):
+        decide(net(), {"A.0": "int8-dynamic"})
+
+
+def test_types():
+    verdict = decide(net(), [Rule(FP8, type="Special"), Rule(INT8, type="Linear")])
+    assert verdict["b.1"] == FP8
+    assert verdict["a.0"] == INT8
+    assert decide(net(), [Rule(INT8, "b.*", "Linear")])["b.1"] == INT8  # a Special is a Linear
+    with pytest.raises(OctavoError, match="type='Conv2d'"):
+        decide(net(), [Rule(INT8), Rule(FP8, type="Conv2d")])
+
+
+def test_the_head_wants_its_exact_name():
+    for rules in ({"lm_*": INT8, "*": INT8}, {"*": INT8}, [Rule(INT8, "*head"), Rule(INT8)]):
+        assert decide(net(), rules)["lm_head"] == HEAD
+    assert decide(net(), {"lm_head": FP8, "*": INT8})["lm_head"] == FP8
+    assert decide(net(), {"lm_head": None, "*": INT8})["lm_head"] == "rule name='lm_head'"
+
+
+@pytest.mark.parametrize("family", ["llama", "tied_llama", "opt", "gpt2", "t5", "qwen2", "mixtral"])
+def test_heads_of_transformers(family):
+    model = models.FAMILIES[family]()
+    found = swap.layers(model)
+    assert output_heads(model, found) == {model.get_output_embeddings()}
+    assert decide(model, "int8-dynamic")["lm_head"] == HEAD
+
+
+def test_a_head_by_its_weight():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 4)
+            self.middle = nn.Linear(4, 4)
+            self.logits = nn.Linear(4, 9, bias=False)
+            self.logits.weight = self.table.weight
+
+    assert decide(Tied(), INT8)["logits"] == HEAD
+
+
+def test_a_shared_module_is_known_by_all_its_names():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(4, 4)})
+    assert decide(model, {"b": "fp8-dynamic"})["a"] == FP8
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"a.0": INT8, "b.7": INT8}, r"name='b.7'.*b\."),
+        ({"b.7": INT8}, r"name='b.7' matches no layer.*b\.[01]"),
+        ({"lm_haed": INT8}, "lm_head"),
+        ({"nothing*": None, "*": INT8}, "nothing"),
+        ([Rule(INT8), Rule(None, "c")], "name='c'"),
+        ({"a.1": INT8, "*": INT8}, r"only layers that cannot be quantized \(a.1: no matrix\)"),
+        ({"a.1": INT8}, "no matrix"),
+    ],
+)
+def test_rules_without_a_match(rules, words):
+    with pytest.raises(OctavoError, match=words):
+        decide(net(), rules)
+
+
+def test_leaving_alone_what_cannot_be_quantized_is_a_match():
+    assert decide(net(), {"a.1": None, "*": INT8})["a.1"] == "no matrix"
+
+
+def test_nothing_to_quantize():
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.LayerNorm(4), nn.Embedding(4, 4))
+    with pytest.raises(OctavoError, match="nothing to quantize") as caught:
+        decide(model, INT8)
+    for reason in ("Conv1d is not a linear layer: 0", "no matrix: 1", "embeddings stay in float: 2"):
+        assert reason in str(caught.value)
+    with pytest.raises(OctavoError, match="no parameters"):
+        decide(nn.Sequential(nn.ReLU()), INT8)
+    with pytest.raises(OctavoError, match=r"nothing to quantize: rule name='\*'"):
+        decide(nn.Sequential(nn.Linear(2, 2)), {"*": None})
+    with pytest.raises(OctavoError, match="output head"):
+        decide(nn.ModuleDict({"lm_head": nn.Linear(2, 2)}), INT8)
+    model = net()
+    ov.quantize_(model, "int8-dynamic")
+    with pytest.raises(OctavoError, match="already quantized"):
+        decide(nn.Sequential(model["a"]), INT8)
+
+
+@pytest.mark.parametrize("rules", [[], {}, (), None, 5, [INT8], ["int8-dynamic"], Rule(INT8), [Rule(5)], "int9", {"*": 3}])
+def test_what_rules_are_not(rules):
+    with pytest.raises(OctavoError):
+        decide(net(), rules)
+
+
+def test_rules_are_resolved_once():
+    assert as_rules("int8-dynamic") == (Rule(INT8),)
+    assert as_rules({"a": "fp8-dynamic", "b": None}) == (Rule(FP8, "a"), Rule(None, "b"))
+    assert str(Rule(INT8, "a.*", "Linear")) == "name='a.*', type='Linear'"
+
+
+def test_a_parametrized_head():
+    model = nn.ModuleDict({"x": nn.Linear(4, 4), "lm_head": nn.utils.parametrizations.weight_norm(nn.Linear(4, 9))})
+    assert decide(model, INT8)["lm_head"] == HEAD
+    assert torch.is_tensor(model["lm_head"].weight)
