@@ -176,7 +176,7 @@ def _table(one: "Table") -> Any:
     from octavo.report.files import number
 
     words = [name for i, name in enumerate(one.columns) if all(isinstance(row[i], str) for row in one.rows)]
-    shown = table(*one.columns, right=set(one.columns) - set(words))
+    shown = table(*one.columns, right=set(one.columns) - set(words), fold=one.columns)
     for row in one.rows:
         shown.add_row(*(number(cell, one.digits) for cell in row))
     return shown
@@ -185,7 +185,8 @@ def _table(one: "Table") -> Any:
 def _checks(checks: "tuple[Check, ...]") -> Any:
     from octavo.report.files import number
 
-    shown = table("target", "value", "tolerance", "ours", "unit", "verdict", right=("value", "tolerance", "ours"))
+    columns = ("target", "value", "tolerance", "ours", "unit", "verdict")
+    shown = table(*columns, right=columns[1:4], fold=("target", "tolerance", "unit", "verdict"))
     for check in checks:
         t, style = check.target, COLOURS.get(check.verdict)
         ours = number(check.ours)

@@ -1,9 +1,10 @@
 """Compiles ``native.c`` on first use, loads it, and calls it: the CPU's cast and BF16 matmul without a build step.
 
-``accumulate.c``, which ``accumulate.py`` calls, is compiled here too, when first asked for. The C files know nothing of Python or torch, so whatever ``cc`` the machine has builds one in a second or two. A
-shared object is kept in ``$OCTAVO_CACHE`` (or ``$XDG_CACHE_HOME/octavo``, ``~/.cache/octavo``) under a name that
-carries a hash of all it was made from. It needs ``libgomp.so.1``, which torch has loaded under that very name by the
-time it is opened: both run on one pool of threads.
+``accumulate.c``, which ``accumulate.py`` calls, is compiled here too, when first asked for. The C files know nothing of
+Python or torch, so whatever ``cc`` the machine has builds one in a second or two. A shared object is kept in
+``$OCTAVO_CACHE`` (or ``$XDG_CACHE_HOME/octavo``, ``~/.cache/octavo``) under a name that carries a hash of all it was
+made from. It needs ``libgomp.so.1``, which torch has loaded under that very name by the time it is opened: all run on
+one pool of threads.
 
 Everything here is optional. Without a compiler, or with ``OCTAVO_NATIVE=0``, or for tensors the kernels do not take,
 the functions return ``None`` and the caller does the same with torch.
@@ -120,7 +121,7 @@ def encode(
 ) -> Tensor | None:
     """Codes of float32 on a grid (``schema.encode`` says how), or None if the kernel does not take this call."""
     lib = library()
-    served = x.dtype == torch.float32 and bits <= 8 and -126 < emin and emin - mantissa > -126 and emin <= 127
+    served = x.dtype == torch.float32 and bits <= 8 and -126 < emin <= 127 and emin - mantissa > -126
     if lib is None or not served or not (_plain(x) and x.is_contiguous()):
         return None
     sign = 1 << (bits - 1)
@@ -295,7 +296,7 @@ def _temporary_folder() -> Iterator[Path]:
 
 
 def _compiled(name: str, compiler: list[str], folder: Path) -> Path:
-    """The shared object of one source in ``folder``, made unless it is there. Written aside and renamed: processes may race."""
+    """A source's shared object in ``folder``, made unless it is there. Written aside and renamed: others may race."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     # clang's OpenMP is another library than torch's; gcc's is the same
     flags = (*FLAGS, *SOURCES[name], "-fopenmp-simd" if b"clang" in version else "-fopenmp")

@@ -5,10 +5,12 @@ integer part, comparing the fraction with one half. Overflow follows IEEE 754: a
 no upper bound, then compared with the limits; directed roundings toward zero stop at the limit.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from octavo.ops.schema import LIBRARY, code_dtype
+from octavo.ops.schema import LIBRARY, SumGrid, code_dtype
 
 
 def pow2(exponent: Tensor) -> Tensor:
@@ -120,5 +122,130 @@ def float_mm(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float().mT
 
 
-for _op in (cast, encode, decode, int_mm, float_mm):
+def odd_sum(x: Tensor, y: Tensor) -> Tensor:
+    """``x + y`` in float64, rounded to odd: if it is not exact, the neighbour whose last bit is one.
+
+    Rounding this to at most 51 bits is rounding the exact sum, whatever the mode (Boldo and Melquiond, IEEE Trans.
+    Computers 57(4), 2008): it lies on the same side of every such number and every tie. Knuth's TwoSum tells by how
+    much the float64 sum is off.
+    """
+    total = x + y
+    part = total - x
+    error = (x - (total - part)) + (y - part)
+    bits = total.view(torch.int64)
+    odd = (bits + torch.where((error > 0) == (total > 0), 0, -1)) | 1
+    return odd.where((error != 0) & total.isfinite(), bits).view(torch.float64)
+
+
+def sum_noise(seed: int, m: int, n: int, device: torch.device) -> Callable[[int], Tensor]:
+    """The noise of stochastic sums: from the number of an addition to float64 [m, n], multiples of 2**-24 in [0, 1).
+
+    splitmix64 (Steele, Lea and Flood, OOPSLA 2014) started at a hash of seed, row and column; integers wrap.
+    """
+    golden = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as torch has it
+
+    def mix(z: Tensor) -> Tensor:
+        z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+        z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+        return z ^ (z >> 31 & 0x1FFFFFFFF)
+
+    rows = mix(torch.arange(1, m + 1, device=device)[:, None] * golden + seed)
+    keys = mix(rows + torch.arange(1, n + 1, device=device) * golden)
+    return lambda number: (mix(keys + (number + 1) * torch.tensor(golden)) >> 40 & 0xFFFFFF).double() * 2.0**-24
+
+
+def _round_sum(total: Tensor, grid: SumGrid, rounding: str, noise: Tensor | None) -> Tensor:
+    """An odd sum on the grid; infinities stay, also where the grid has none."""
+    mantissa, emin, high, flush, infinite = grid
+    y = total
+    if rounding == "stochastic":  # 24 random bits meet 24 bits of the fraction: what lies below cannot carry
+        y = cast(y, mantissa + 24, emin, -(2.0**999), 2.0**999, "toward-zero", "saturate", False, True)
+    y = cast(y, mantissa, emin, -high, high, rounding, "inf" if infinite else "saturate", flush, True, noise)
+    return y.where(~total.isinf(), total)
+
+
+def accumulate_mm(
+    a: Tensor,
+    b: Tensor,
+    mantissa: int,
+    emin: int,
+    high: float,
+    flush: bool,
+    infinite: bool,
+    chunk: int,
+    outer_mantissa: int,
+    outer_emin: int,
+    outer_high: float,
+    outer_flush: bool,
+    outer_infinite: bool,
+    rounding: str,
+    seed: int,
+) -> Tensor:
+    """One product and one rounding at a time; see ``schema.accumulate_mm``."""
+    (m, k), n = a.shape, b.shape[0]
+    inner = SumGrid(mantissa, emin, high, flush, infinite)
+    outer = SumGrid(outer_mantissa, outer_emin, outer_high, outer_flush, outer_infinite)
+    noise = sum_noise(seed, m, n, a.device) if rounding == "stochastic" else None
+    left, right = a.double().unbind(1), b.double().unbind(1)
+    total = partial = torch.zeros(m, n, dtype=torch.float64, device=a.device)
+    for i in range(k):
+        product = left[i][:, None] * right[i]  # exact: 24 bits times 24 bits
+        partial = _round_sum(odd_sum(partial, product), inner, rounding, noise and noise(i))
+        if chunk and ((i + 1) % chunk == 0 or i + 1 == k):
+            total = _round_sum(odd_sum(total, partial), outer, rounding, noise and noise(k + i // chunk))
+            partial = torch.zeros_like(total)
+    return ((total if chunk else partial) + 0.0).float()  # −0 + 0 = +0
+
+
+def accumulate_mm_aligned(a: Tensor, b: Tensor, align: int, bits: int, promote: int) -> Tensor:
+    """Align, truncate, add, for every group; see ``schema.accumulate_mm_aligned``."""
+    (m, k), n = a.shape, b.shape[0]
+    left, right = a.double().unbind(1), b.double().unbind(1)
+    total = torch.zeros(m, n, dtype=torch.float32, device=a.device)
+    promote = promote or k
+    for first in range(0, k, promote):
+        partial = torch.zeros(m, n, dtype=torch.float64, device=a.device)
+        end = min(first + promote, k)
+        for start in range(first, end, align):
+            group = range(start, min(start + align, end))
+            peak = partial.abs()
+            for i in group:
+                peak = peak.maximum((left[i][:, None] * right[i]).abs())
+            lowest = exponent_of(peak, -400) - (bits - 1)
+            units = (partial * pow2(-lowest)).trunc()
+            for i in group:
+                units += (left[i][:, None] * right[i] * pow2(-lowest)).trunc()
+            partial = units * pow2(lowest)
+        total += partial.float()
+    return propagate(total, a, b)
+
+
+def propagate(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``total`` with what IEEE 754 says where a row of ``a`` or ``b`` holds an infinity or NaN."""
+    rows, columns = ~a.isfinite().all(1), ~b.isfinite().all(1)
+    if rows.any() or columns.any():
+        total = total.where(~(rows[:, None] | columns), (a.double() @ b.double().mT).float())
+    return total
+
+
+def accumulate_mm_integer(a: Tensor, b: Tensor, bits: int, saturate: bool) -> Tensor:
+    """In int64, one product at a time; see ``schema.accumulate_mm_integer``."""
+    left, right = a.long().unbind(1), b.long().unbind(1)
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int64, device=a.device)
+    for x, y in zip(left, right, strict=True):
+        total = total + x[:, None] * y
+        total = total.clamp(-(1 << bits - 1), (1 << bits - 1) - 1) if saturate else wrap(total, bits)
+    return total.int()
+
+
+def wrap(x: Tensor, bits: int) -> Tensor:
+    """int64 to two's complement of ``bits``."""
+    half = 1 << bits - 1
+    return ((x + half) & (2 * half - 1)) - half
+
+
+for _op in (
+    *(cast, encode, decode, int_mm, float_mm),
+    *(accumulate_mm, accumulate_mm_aligned, accumulate_mm_integer),
+):
     LIBRARY.impl(_op.__name__, _op, "CompositeExplicitAutograd")

@@ -9,7 +9,7 @@ subnormals, ``negative_zero`` that −0 exists. Floats and integers are the same
 grid whose numbers are all subnormal with a spacing of one.
 """
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,20 @@ ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 Overflow = Literal["saturate", "inf", "nan"]
 OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 
+
+class SumGrid(NamedTuple):
+    """The numbers an accumulator can hold: ``mantissa`` (at most 23) and ``emin`` as above, ±``high`` the largest.
+
+    ``flush``: no subnormals. ``infinite``: sums beyond ``high`` become ±∞; without it they stop there.
+    """
+
+    mantissa: int
+    emin: int
+    high: float
+    flush: bool
+    infinite: bool
+
+
 LIBRARY = torch.library.Library("octavo", "DEF")
 
 LIBRARY.define(
@@ -31,6 +45,13 @@ LIBRARY.define("encode(Tensor x, int mantissa, int emin, int first, int bits, bo
 LIBRARY.define("decode(Tensor codes, Tensor table) -> Tensor")
 LIBRARY.define("int_mm(Tensor a, Tensor b) -> Tensor")
 LIBRARY.define("float_mm(Tensor a, Tensor b) -> Tensor")
+LIBRARY.define(
+    "accumulate_mm(Tensor a, Tensor b, int mantissa, int emin, float high, bool flush, bool infinite, int chunk, "
+    "int outer_mantissa, int outer_emin, float outer_high, bool outer_flush, bool outer_infinite, str rounding, "
+    "int seed) -> Tensor"
+)
+LIBRARY.define("accumulate_mm_aligned(Tensor a, Tensor b, int align, int bits, int promote) -> Tensor")
+LIBRARY.define("accumulate_mm_integer(Tensor a, Tensor b, int bits, bool saturate) -> Tensor")
 
 
 @torch.library.register_fake("octavo::cast")
@@ -67,6 +88,37 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 @torch.library.register_fake("octavo::float_mm")
 def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("octavo::accumulate_mm")
+def _(
+    a: Tensor,
+    b: Tensor,
+    mantissa: int,
+    emin: int,
+    high: float,
+    flush: bool,
+    infinite: bool,
+    chunk: int,
+    outer_mantissa: int,
+    outer_emin: int,
+    outer_high: float,
+    outer_flush: bool,
+    outer_infinite: bool,
+    rounding: str,
+    seed: int,
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("octavo::accumulate_mm_aligned")
+def _(a: Tensor, b: Tensor, align: int, bits: int, promote: int) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("octavo::accumulate_mm_integer")
+def _(a: Tensor, b: Tensor, bits: int, saturate: bool) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32)
 
 
 def code_dtype(bits: int) -> torch.dtype:
@@ -128,4 +180,48 @@ def float_mm(a: Tensor, b: Tensor) -> Tensor:
     Kernels differ from the exact sum by at most ``K · 2**-24 · (|a| @ |b|.T)``, the bound of FP32 summation.
     """
     result: Tensor = torch.ops.octavo.float_mm(a, b)
+    return result
+
+
+def accumulate_mm(
+    a: Tensor,
+    b: Tensor,
+    inner: SumGrid,
+    rounding: Rounding = "nearest-even",
+    chunk: int = 0,
+    outer: SumGrid | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """``a @ b.T`` of float32 [M, K] and [N, K] with every sum rounded to a grid; float32 [M, N].
+
+    K ascending from zero, ``sum = round(sum + exact product)``, one rounding each. With ``chunk`` > 0 the sum starts
+    anew every ``chunk`` products, and the finished ones are added, in order from zero, on the ``outer`` grid (the same
+    by default), rounded likewise. A finite sum that overflows is limited as the grid says; infinities and NaN among the
+    operands propagate as in IEEE 754, whatever the grid. A zero result is +0.
+
+    Stochastic rounding goes outward with probability ⌊fraction · 2**24⌋ / 2**24; the random bits are a hash of
+    (``seed``, m, n, number of the addition), so they depend on nothing else.
+    """
+    result: Tensor = torch.ops.octavo.accumulate_mm(a, b, *inner, chunk, *(outer or inner), rounding, seed)
+    return result
+
+
+def accumulate_mm_aligned(a: Tensor, b: Tensor, align: int, bits: int, promote: int = 0) -> Tensor:
+    """``a @ b.T`` of float32 [M, K] and [N, K] as a tensor core adds; float32 [M, N].
+
+    ``align`` products and the sum so far are cut off toward zero at the bit ``bits`` − 1 below the leading bit of the
+    largest of them, and added exactly: that is the new sum. Every ``promote`` products (0: only at the end) it is
+    rounded to float32, added to a float32 total, and starts anew. ``(align + 1) · 2**bits`` may not exceed 2**53.
+    Infinities and NaN propagate as in IEEE 754.
+    """
+    result: Tensor = torch.ops.octavo.accumulate_mm_aligned(a, b, align, bits, promote)
+    return result
+
+
+def accumulate_mm_integer(a: Tensor, b: Tensor, bits: int = 32, saturate: bool = False) -> Tensor:
+    """``a @ b.T`` of integers, given as float32 [M, K] and [N, K], in two's complement of ``bits`` ≤ 32; int32 [M, N].
+
+    After every addition, K ascending, the sum wraps around or stops at the limit.
+    """
+    result: Tensor = torch.ops.octavo.accumulate_mm_integer(a, b, bits, saturate)
     return result

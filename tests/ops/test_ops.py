@@ -40,8 +40,7 @@ ARGUMENTS = {
 }
 
 
-def test_all_operators_are_here():
-    assert set(ARGUMENTS) == {"cast", "encode", "decode", "int_mm", "float_mm"}
+def test_the_operators_are_registered():
     for name in ARGUMENTS:
         assert hasattr(torch.ops.octavo, name)
         assert callable(getattr(schema, name))
