@@ -1,4 +1,4 @@
-"""``python -m benchmarks.run [casts matmuls demo]``: measure, print the tables, write docs/benchmarks.md and .json."""
+"""``python -m benchmarks.run [casts matmuls accumulators demo]``: measure, print the tables, write them to docs/."""
 
 import contextlib
 import io
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 import octavo as ov
-from benchmarks import casts, demo, matmuls, picture
+from benchmarks import accumulators, casts, demo, matmuls, picture
 from octavo.analysis import machine
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PARTS = {"casts": casts, "matmuls": matmuls, "demo": demo}
+PARTS = {"casts": casts, "matmuls": matmuls, "accumulators": accumulators, "demo": demo}
 
 
 class _Tee(io.StringIO):

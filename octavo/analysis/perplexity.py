@@ -45,6 +45,8 @@ def perplexity(
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is not None and int(windows.max()) >= vocabulary:
         raise OctavoError(f"the text has token {int(windows.max())}, the model knows {vocabulary}: not its tokenizer")
+    if int(windows.min()) < 0:
+        raise OctavoError(f"the text has token {int(windows.min())}: padding has no place in windows")
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     batches = list(windows.split(batch))
     total = 0.0

@@ -40,7 +40,8 @@ class Float32:
 class Sequential:
     """One accumulator of a float format, rounded after every addition.
 
-    ``format``: signed, with a zero and an integer bias; ``rounding``: any, stochastic too.
+    ``format``: signed, with a zero and an integer bias; ``rounding``: any, stochastic too. The sum is one of unscaled
+    numbers: operands scaled to E4M3FN's 448 overflow FP16, whose largest number is 65504, in a single product.
     """
 
     format: FloatFormat

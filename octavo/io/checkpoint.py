@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,6 +133,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         )
     if model is None:
         model_class, settings = huggingface.architecture(path, config)
+        _check_depth(path, config, len(infos))
         with torch.device("meta"), loading.transformers_on(path / CONFIG):
             shapes = model_class(settings)
         stored = _check_plan(path, plan(shapes), shapes, infos)
@@ -152,6 +153,13 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         swap.replace(model, layer, QuantizedLinear(weight, bias, entry.scheme, layer.transposed))
     _restore_buffers(model, manifest.get("buffers"))
     return model.eval()
+
+
+def _check_depth(path: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """A config that asks for a billion layers would keep even an empty model building for ever."""
+    for key, value in config.items():
+        if "layer" in key and isinstance(value, int) and value > max(loading.MAX_LAYERS, tensors):
+            raise OctavoError(f"{path / CONFIG}: {key} is {value}, but the folder has {tensors} tensors")
 
 
 def _plan_native(
@@ -212,9 +220,17 @@ def _transformers_model(
         assert isinstance(weight, Tensor)
         state[f"{name}.weight"] = torch.zeros(1, dtype=dtype).expand(weight.shape)
     model: nn.Module = loading.load(
-        path, model_class, settings, infos.values(), pretrained_model_name_or_path=None, state_dict=state, dtype="auto"
+        path, model_class, settings, _unpacked(infos), pretrained_model_name_or_path=None, state_dict=state, dtype="auto"
     )
     return model
+
+
+def _unpacked(infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+    """The headers as if every word of four weights were four numbers, which is what they count for."""
+    return [
+        replace(info, shape=(*info.shape[:-1], 4 * info.shape[-1])) if name.endswith(".weight_packed") else info
+        for name, info in infos.items()
+    ]
 
 
 def _load_floats(path: Path, model: nn.Module, stored: Mapping[str, _Stored], tensors: Mapping[str, Tensor]) -> None:
@@ -235,7 +251,10 @@ def _load_floats(path: Path, model: nn.Module, stored: Mapping[str, _Stored], te
 def _native_weight(
     name: str, pieces: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype
 ) -> QTensor:
-    block = scheme.weight.granularity.block(shape)
+    try:
+        block = scheme.weight.granularity.block(shape)
+    except OctavoError as error:
+        raise OctavoError(f"{name}: {error}") from error
     counts = scale_shape(shape, block)
     expected = {
         "codes": (scheme.weight.format.code_dtype, shape),
@@ -250,7 +269,7 @@ def _native_weight(
             )
     fmt, codes = scheme.weight.format, pieces["codes"]
     low, high = (fmt.low, fmt.high) if isinstance(fmt, IntegerFormat) else (0, 2**fmt.bits - 1)
-    if codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high:
+    if fmt.bits < 8 and codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high:
         raise OctavoError(f"{name}.codes holds codes that {fmt.name} does not have: the checkpoint is damaged")
     if not bool(pieces["scale"].isfinite().all()):
         raise OctavoError(f"{name}.scale holds NaN or Inf: the checkpoint is damaged")

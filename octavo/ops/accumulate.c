@@ -60,7 +60,9 @@ INLINE uint64_t mix(uint64_t z) {
     return z ^ z >> 31;
 }
 
-INLINE uint64_t key(uint64_t seed, int64_t m, int64_t n) { return mix(mix(seed + GOLDEN * (m + 1)) + GOLDEN * (n + 1)); }
+INLINE uint64_t key(uint64_t seed, int64_t m, int64_t n) {
+    return mix(mix(seed + GOLDEN * (m + 1)) + GOLDEN * (n + 1));
+}
 
 #define BYTES 16
 #define ISA any
@@ -140,7 +142,7 @@ void octavo_accumulate(const float *a, const float *b, void *c, int64_t m, int64
     }
 }
 
-#else /* ---- once per instruction set ------------------------------------------------------------------------------- */
+#else /* ---- once per instruction set ---- */
 
 #define NAME(x) GLUE(x, ISA)
 #define EACH(i, n) _Pragma("GCC unroll 32") for (int i = 0; i < (n); i++)
@@ -177,9 +179,14 @@ INLINE TARGET D NAME(choose)(D a, D b, D x, D y) {
 INLINE TARGET F NAME(choose32)(F a, F b, F x, F y) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
 }
+INLINE TARGET F NAME(magic32)(F x, F least, F lowest, U shift) { /* one masked addition */
+    const __m512i field = (__m512i)((U)x & 0x7F800000);
+    const __mmask16 normal = _mm512_cmpge_epi32_mask(field, (__m512i)least);
+    return (F)_mm512_mask_add_epi32((__m512i)lowest, normal, field, (__m512i)shift);
+}
 INLINE TARGET D NAME(larger)(D a, D b) { return _mm512_max_pd(a, b); }
 INLINE TARGET D NAME(smaller)(D a, D b) { return _mm512_min_pd(a, b); }
-INLINE TARGET F NAME(clamp32)(F x, F high) { return _mm512_min_ps(_mm512_max_ps(x, -high), high); }
+INLINE TARGET F NAME(clamp32)(F x, F high) { return _mm512_range_ps(x, high, 2); } /* the smaller size, x's sign */
 #else
 INLINE TARGET D NAME(choose)(D a, D b, D x, D y) {
     const L yes = a > b;
@@ -188,6 +195,10 @@ INLINE TARGET D NAME(choose)(D a, D b, D x, D y) {
 INLINE TARGET F NAME(choose32)(F a, F b, F x, F y) {
     const I yes = a > b;
     return (F)(((I)x & yes) | ((I)y & ~yes));
+}
+INLINE TARGET F NAME(magic32)(F x, F least, F lowest, U shift) {
+    const U field = (U)x & 0x7F800000;
+    return NAME(choose32)(least, (F)field, lowest, (F)(field + shift));
 }
 INLINE TARGET D NAME(larger)(D a, D b) { return NAME(choose)(a, b, a, b); }
 INLINE TARGET D NAME(smaller)(D a, D b) { return NAME(choose)(a, b, b, a); }
@@ -320,8 +331,7 @@ INLINE TARGET void NAME(narrow)(const Sum *sum, const float *const *rows, const 
                 memcpy(&right, b + k * PANEL + v * (BYTES / 4), BYTES);
                 EACH(r, ROWS) {
                     const F x = acc[r][v] + ((F){} + rows[r][k]) * right;
-                    const U field = (U)x & 0x7F800000;
-                    const F magic = NAME(choose32)(least, (F)field, lowest, (F)(field + shift));
+                    const F magic = NAME(magic32)(x, least, lowest, shift);
                     F y = (x + magic) - magic; /* as in add() */
                     if (kind == NARROW_SATURATE) y = NAME(clamp32)(y, high);
                     if (kind == NARROW_INFINITE)

@@ -24,7 +24,8 @@ a { color: var(--link); } .soft { color: var(--soft); } .good { color: var(--goo
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
   font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child, td.words, th.words { text-align: left; }
-td.words { min-width: 11rem; } tbody tr:nth-child(even) { background: var(--band); }
+td.words { min-width: 11rem; } .contents td, .contents th { min-width: 0; padding: .25rem .4rem; }
+tbody tr:nth-child(even) { background: var(--band); }
 figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; border-radius: 4px; }
 code { background: var(--band); padding: .05rem .3rem; border-radius: 3px; font-size: .9em; }
 pre { background: var(--band); padding: .8rem; overflow-x: auto; border-radius: 4px; } pre code { padding: 0; }
@@ -58,7 +59,7 @@ def _contents(outcomes: list[Outcome]) -> str:
         for o in outcomes
     ]
     head = '<tr><th>experiment</th><th class="words">about</th><th>targets met</th><th>seconds</th></tr>'
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return f'<div class="wide contents"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _score(outcome: Outcome) -> str:

@@ -1,7 +1,7 @@
 """A ``Plot`` as a PNG, for light and for dark pages."""
 
 import io
-from textwrap import fill
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from octavo.analysis.experiment import Plot
@@ -36,7 +36,7 @@ DARK = Theme(
 )
 MARKERS = "osD^vPX*"
 BELOW = "outside lower center"
-LINE = 110  # letters of a legend beside one another
+LINE = 96  # letters of a legend beside one another
 
 
 def png(plot: Plot, theme: Theme = LIGHT) -> bytes:
@@ -60,8 +60,8 @@ def png(plot: Plot, theme: Theme = LIGHT) -> bytes:
         "axes.prop_cycle": cycler(color=theme.colours),
     }
     with matplotlib.rc_context(style):
-        height = 1.3 + 0.42 * len(plot.series) if plot.kind == "strokes" else 4.2
-        figure = Figure(figsize=(7.4, height), layout="constrained")
+        height = 1.3 + 0.42 * len(plot.series) if plot.kind == "strokes" else 4.0
+        figure = Figure(figsize=(6.4, height), layout="constrained")
         axes = figure.subplots()
         {"line": _lines, "steps": _lines, "bars": _bars, "strokes": _strokes}[plot.kind](axes, plot, theme)
         axes.set_title(plot.title, fontsize=11, loc="left", pad=10)
@@ -76,7 +76,7 @@ def png(plot: Plot, theme: Theme = LIGHT) -> bytes:
             low = axes.get_xaxis_transform()
             axes.text(place, 0.02, word, transform=low, fontsize=8, va="bottom", ha="right", rotation=90)
         stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
+        figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
     return stream.getvalue()
 
 
@@ -116,7 +116,9 @@ def _bars(axes: "Axes", plot: Plot, theme: Theme) -> None:
         places = [groups.index(x) + (index - (len(plot.series) - 1) / 2) * width for x in series.x]
         colour = theme.colours[index % len(theme.colours)]
         axes.bar(places, series.y, width * 0.94, label=series.label, color=colour)
-    axes.set_xticks(range(len(groups)), [fill(str(group), 72 // len(groups)) for group in groups])
+    words = TextWrapper(max(8, 76 // len(groups)), break_long_words=False, break_on_hyphens=False)
+    size = 10 if len(groups) < 6 else 8.5
+    axes.set_xticks(range(len(groups)), [words.fill(str(group)) for group in groups], fontsize=size)
     axes.tick_params(axis="x", length=0)
     axes.grid(True, axis="y", linewidth=0.6)
 

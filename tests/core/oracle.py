@@ -158,9 +158,7 @@ class Slow:
 @functools.cache
 def slow(fmt) -> Slow:
     """The Slow of an octavo FloatFormat."""
-    return Slow(
-        fmt.exponent, fmt.mantissa, int(fmt.bias), fmt.specials, fmt.subnormals, fmt.signed, fmt.zero
-    )
+    return Slow(fmt.exponent, fmt.mantissa, int(fmt.bias), fmt.specials, fmt.subnormals, fmt.signed, fmt.zero)
 
 
 def probes(law: Slow, count: int, seed: int = 0) -> np.ndarray:
@@ -182,6 +180,8 @@ def probes(law: Slow, count: int, seed: int = 0) -> np.ndarray:
     bottom = np.log2(float(law.magnitudes[1] if law.magnitudes[0] == 0 else law.magnitudes[0]))
     uniform = rng.uniform(-1, 1, count // 2) * float(law.max) * 1.1
     spread = np.exp2(rng.uniform(bottom - 3, min(top + 3, 127.9), count - count // 2))
-    doubles = doubles[doubles > 1e-290]  # the law multiplies float64 by powers of two: their subnormals are too far down
+    doubles = doubles[
+        doubles > 1e-290
+    ]  # the law multiplies float64 by powers of two: their subnormals are too far down
     values = np.concatenate([exact, beside, doubles, np.abs(uniform), spread, [0.0, np.inf, 2.0**-149, 2.0**-126]])
     return np.concatenate([values, -values, [np.nan, -np.nan]])

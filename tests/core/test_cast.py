@@ -40,9 +40,7 @@ def narrowed(x: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         small = np.ascontiguousarray(x).astype(NUMPY[dtype])
-    return (
-        torch.from_numpy(small.view(np.int16)).view(dtype) if dtype == torch.bfloat16 else torch.from_numpy(small)
-    )
+    return torch.from_numpy(small.view(np.int16)).view(dtype) if dtype == torch.bfloat16 else torch.from_numpy(small)
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor, x: torch.Tensor):

@@ -74,7 +74,16 @@ def test_unusual_formats(other, generator):
         check(p.mT, q.mT, ov.matmul(p.mT, q.mT))
 
 
-LEFT = [PerTensor(), PerToken(), PerChannel(1), PerGroup(48), PerGroup(64), PerGroup(7), PerBlock(4, 16), PerBlock(1, 33)]
+LEFT = [
+    PerTensor(),
+    PerToken(),
+    PerChannel(1),
+    PerGroup(48),
+    PerGroup(64),
+    PerGroup(7),
+    PerBlock(4, 16),
+    PerBlock(1, 33),
+]
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.product(LEFT, LEFT)), ids=str)
@@ -105,7 +114,9 @@ def test_a_long_k_does_not_overflow():
         for left, right in (("INT8", "INT8"), ("UINT8 affine", "INT8 affine"), ("E4M3FN", "E4M3FN")):
             q, p = ov.quantize(x, CASTS[left]), ov.quantize(w, CASTS[right])
             expected = q.dequantize(torch.float64) @ p.dequantize(torch.float64)
-            torch.testing.assert_close(ov.matmul(q, p).double(), expected, rtol=1e-5 if left == "E4M3FN" else 1e-6, atol=0)
+            torch.testing.assert_close(
+                ov.matmul(q, p).double(), expected, rtol=1e-5 if left == "E4M3FN" else 1e-6, atol=0
+            )
 
 
 @pytest.mark.parametrize("k", [1, 17, 100, 128])

@@ -134,7 +134,10 @@ def test_zero_is_exact_and_errors_are_small(values, name, storage):
     assert bool(((x - y).abs() <= q.scale * slack + 1e-12).all())
 
 
-@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=6), st.sampled_from(["INT8", "E4M3FN", "E5M2"]))
+@given(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=6),
+    st.sampled_from(["INT8", "E4M3FN", "E5M2"]),
+)
 def test_symmetric_errors_are_small(values, name):
     x = torch.tensor(values)
     q = ov.quantize(x, Cast(name))

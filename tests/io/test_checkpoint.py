@@ -153,7 +153,9 @@ class TestTransformers:
     """from_pretrained of what we wrote."""
 
     def load(self, folder):
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        models.logits(model)  # the weights are compressed until the first forward
+        return model
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize(
@@ -190,7 +192,8 @@ class TestTransformers:
     def test_bert(self, tmp_path):
         model = saved(tmp_path / "out", models.bert(), "fp8-dynamic")
         theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
-        assert ov.sqnr(models.logits(model), models.logits(theirs)) > 60
+        # the library quantizes the pooler's 2-D input per tensor
+        assert ov.sqnr(models.logits(model), models.logits(theirs)) > 30
 
     @pytest.mark.parametrize("rules", [MIXED, {"lm_head": "fp8-dynamic", "*": "fp8-dynamic"}], ids=str)
     def test_mixed(self, rules, tmp_path):
@@ -243,6 +246,23 @@ def test_the_config(tmp_path):
     assert torch.equal(tensors[f"{name}.weight"].view(torch.uint8), layer.codes)
     manifest = json.loads((tmp_path / "out" / "octavo.json").read_text())
     assert manifest["layers"][name] == {"scheme": ov.to_json(schemes.FP8_BLOCK), "dtype": "float32"}
+
+
+def test_packed_weights_count_as_numbers(tmp_path, monkeypatch):
+    """The check that a config belongs to its weights compares numbers; a word holds four of them."""
+    model = saved(tmp_path / "out", models.llama(), "int8-weight-only")
+    needed = sum(p.numel() for p in models.llama().parameters())
+    seen = []
+    original = checkpoint.loading.load
+
+    def load(what, model_class, config, tensors, **more):
+        tensors = list(tensors)
+        seen.append(sum(torch.Size(info.shape).numel() for info in tensors))
+        return original(what, model_class, config, tensors, **more)
+
+    monkeypatch.setattr(checkpoint.loading, "load", load)
+    same_model(model, checkpoint.load(tmp_path / "out"))
+    assert needed <= seen[0] < 1.1 * needed
 
 
 def test_packing(tmp_path):
@@ -303,8 +323,8 @@ class TestPlainModels:
         affine = Scheme(Cast("UINT8", PerGroup(7), affine=True), Cast("INT8", affine=True))
         model = models.Plain().eval().to(dtype)
         ov.quantize_(model, schemes.NAMES.get(name, affine))
-        assert checkpoint.layout_for(model) == ("octavo", "Plain is not a transformers model")
-        with pytest.raises(OctavoError, match="Plain is not a transformers model"):
+        assert checkpoint.layout_for(model)[0] == "octavo"
+        with pytest.raises(OctavoError, match="layout='octavo'"):
             checkpoint.save(model, tmp_path / "out")
         checkpoint.save(model, tmp_path / "out", layout="octavo")
         fresh = models.Plain().to(dtype)
@@ -315,7 +335,8 @@ class TestPlainModels:
         assert not again.training
 
     def test_needs_the_architecture(self, tmp_path):
-        saved(tmp_path / "out", models.Plain(), layout="octavo")
+        model = saved(tmp_path / "out", models.Plain(), layout="octavo")
+        assert checkpoint.layout_for(model) == ("octavo", "Plain is not a transformers model")
         with pytest.raises(OctavoError):
             checkpoint.load(tmp_path / "out")
 
@@ -494,7 +515,10 @@ DAMAGE = {
         "scale missing": (lambda t: t.pop(f"{NAME}.scale"), rf"{NAME}.scale"),
         "norm missing": (lambda t: t.pop("model.norm.weight"), "model.norm.weight"),
         "embedding missing": (lambda t: t.pop("model.embed_tokens.weight"), "embed_tokens"),
-        "codes of another dtype": (replaced(f"{NAME}.codes", lambda t: t.view(torch.int8)), rf"{NAME}.codes is torch.int8"),
+        "codes of another dtype": (
+            replaced(f"{NAME}.codes", lambda t: t.view(torch.int8)),
+            rf"{NAME}.codes is torch.int8",
+        ),
         "codes in float": (replaced(f"{NAME}.codes", lambda t: t.float()), rf"{NAME}.codes is torch.float32"),
         "codes of another shape": (replaced(f"{NAME}.codes", lambda t: t[:, 1:].clone()), rf"{NAME}.codes"),
         "codes flat": (replaced(f"{NAME}.codes", lambda t: t.flatten()), rf"{NAME}.codes"),
@@ -514,7 +538,10 @@ DAMAGE = {
         "weight missing": (lambda t: t.pop(f"{NAME}.weight"), rf"{NAME}.weight"),
         "scale missing": (lambda t: t.pop(f"{NAME}.weight_scale"), rf"{NAME}.weight_scale"),
         "norm missing": (lambda t: t.pop("model.norm.weight"), "model.norm.weight"),
-        "weight of another dtype": (replaced(f"{NAME}.weight", lambda t: t.view(torch.int8)), rf"{NAME}.weight is torch.int8"),
+        "weight of another dtype": (
+            replaced(f"{NAME}.weight", lambda t: t.view(torch.int8)),
+            rf"{NAME}.weight is torch.int8",
+        ),
         "weight in float": (replaced(f"{NAME}.weight", lambda t: t.float()), rf"{NAME}.weight is torch.float32"),
         "weight of another shape": (replaced(f"{NAME}.weight", lambda t: t[:, 1:].clone()), rf"{NAME}.weight"),
         "scale of another shape": (replaced(f"{NAME}.weight_scale", lambda t: t[1:].clone()), rf"{NAME}.weight_scale"),
@@ -528,7 +555,10 @@ DAMAGE = {
     "packed": {
         "words missing": (lambda t: t.pop(f"{NAME}.weight_packed"), rf"{NAME}.weight_packed"),
         "words of another dtype": (replaced(f"{NAME}.weight_packed", lambda t: t.long()), rf"{NAME}.weight_packed"),
-        "words of another shape": (replaced(f"{NAME}.weight_packed", lambda t: t[:, 1:].clone()), rf"{NAME}.weight_packed"),
+        "words of another shape": (
+            replaced(f"{NAME}.weight_packed", lambda t: t[:, 1:].clone()),
+            rf"{NAME}.weight_packed",
+        ),
     },
     "small": {
         "codes that are none": (replaced(f"{NAME}.codes", lambda t: t + 16), rf"{NAME}.codes.*E2M1"),
@@ -613,7 +643,9 @@ MANIFESTS = {
     "dtype is a list": lambda m: m["layers"][NAME].update(dtype=["float32"]),
     "scheme is a cast": lambda m: m["layers"][NAME].update(scheme=m["layers"][NAME]["scheme"]["weight"]),
     "unknown type": lambda m: m["layers"][NAME]["scheme"].update(type="posix.system"),
-    "negative group": lambda m: m["layers"][NAME]["scheme"]["weight"].update(granularity={"type": "PerGroup", "size": -1}),
+    "negative group": lambda m: m["layers"][NAME]["scheme"]["weight"].update(
+        granularity={"type": "PerGroup", "size": -1}
+    ),
     "fractional group": lambda m: m["layers"][NAME]["scheme"]["weight"].update(
         granularity={"type": "PerGroup", "size": 2.5}
     ),
@@ -749,7 +781,9 @@ def test_harmless_extras_of_a_config(damaged):
         told = config["quantization_config"]
         told.update(global_compression_ratio=1.5, sparsity_config={}, transform_config={}, version="0.20")
         told["ignore"] = ["re:.*head", "re:nothing.*"]
-        group(config)["weights"].update(observer="memoryless_minmax", observer_kwargs={}, group_size=None, actorder=None)
+        group(config)["weights"].update(
+            observer="memoryless_minmax", observer_kwargs={}, group_size=None, actorder=None
+        )
 
     edit_json(folder / "config.json", change)
     assert torch.equal(models.logits(checkpoint.load(folder)), expected)

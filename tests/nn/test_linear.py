@@ -138,7 +138,9 @@ def test_frozen():
 )
 def test_codes_and_scales_survive(name, move):
     _, ours = make(name)
-    before = {n: None if t is None else t.clone() for n, t in ours.quantized_weight.__dict__.items() if torch.is_tensor(t)}
+    before = {
+        n: None if t is None else t.clone() for n, t in ours.quantized_weight.__dict__.items() if torch.is_tensor(t)
+    }
     x = torch.randn(4, 100)
     y = ours(x)
     moved = move(ours)

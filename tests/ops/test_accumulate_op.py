@@ -64,12 +64,12 @@ def same(actual, expected):
     assert not wrong.any(), f"{int(wrong.sum())} differ: {actual[wrong][:5]} for {expected[wrong][:5]}"
 
 
-def everywhere(kernel):
+def everywhere(kernel, *arguments):
     """What a kernel gives on each instruction set this machine can run."""
     for isa in range(BEST + 1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(native, "_instruction_set", lambda isa=isa: isa)
-            yield kernel()
+            yield kernel(*arguments)
 
 
 # ---- the law against rationals ----
@@ -116,7 +116,7 @@ def exact_noise(seed, m, n, number):
 
 def exact_sum(x, y, inner, rounding, chunk, outer, seed, m, n):
     def add(total, term, grid, number):
-        if math.isinf(total) or math.isinf(term):
+        if not (math.isfinite(total) and math.isfinite(term)):
             return total + term
         return exact_round(Fraction(total) + term, grid, rounding, exact_noise(seed, m, n, number))
 
@@ -125,7 +125,7 @@ def exact_sum(x, y, inner, rounding, chunk, outer, seed, m, n):
         part = 0.0
         for i in range(start, min(k, start + (chunk or k))):
             part = add(part, Fraction(x[i]) * Fraction(y[i]), inner, i)
-        total = add(total, part if math.isinf(part) else Fraction(part), outer, k + turn) if chunk else part
+        total = add(total, Fraction(part) if math.isfinite(part) else part, outer, k + turn) if chunk else part
     return total + 0.0
 
 
@@ -138,7 +138,8 @@ def test_the_law_is_exact(name, rounding, generator):
         for m in range(2):
             for n in range(3):
                 x, y = a[m].tolist(), b[n].tolist()
-                assert float(law[m, n]) == exact_sum(x, y, GRIDS[name], rounding, chunk, SINGLE, 77, m, n)
+                exact = exact_sum(x, y, GRIDS[name], rounding, chunk, SINGLE, 77, m, n)
+                assert float(law[m, n]) == exact or (math.isnan(law[m, n]) and math.isnan(exact))
 
 
 def test_one_rounding_where_float64_would_round_twice():
@@ -177,7 +178,7 @@ def test_kernels_equal_the_law(name, kind, generator):
     cases = [(r, 0, grid) for r in ROUNDINGS] + [("nearest-even", 16, grid), ("nearest-even", 64, SINGLE)]
     for rounding, chunk, outer in [*cases, ("stochastic", 9, GRIDS["E4M3FN"]), ("up", 32, GRIDS["FP16"])]:
         law = reference.accumulate_mm(a, b, *grid, chunk, *outer, rounding, 123)
-        for fast in everywhere(lambda: accumulate.rounded(a, b, grid, outer, chunk, rounding, 123)):
+        for fast in everywhere(accumulate.rounded, a, b, grid, outer, chunk, rounding, 123):
             same(fast, law)
 
 
@@ -200,7 +201,7 @@ def test_the_narrow_kernel_at_its_conditions(precision, generator):
         found = [[bits[i], -14, 13 + bits[i], 0] for i in range(2)]
         assert accumulate._narrow(*found, grid, 400) < accumulate.GENERAL
         law = reference.accumulate_mm(a, b, *grid, 0, *grid, "nearest-even", 0)
-        for fast in everywhere(lambda: accumulate.rounded(a, b, grid, grid, 0, "nearest-even", 0)):
+        for fast in everywhere(accumulate.rounded, a, b, grid, grid, 0, "nearest-even", 0):
             same(fast, law)
 
 
@@ -249,8 +250,9 @@ def test_any_problem(problem):
         for n in range(len(b)):
             if a.shape[1]:
                 x, y = a[m].tolist(), b[n].tolist()
-                assert float(law[m, n]) == exact_sum(x, y, grid, rounding, chunk, grid, 5, m, n)
-    for fast in everywhere(lambda: accumulate.rounded(a, b, grid, grid, chunk, rounding, 5)):
+                exact = exact_sum(x, y, grid, rounding, chunk, grid, 5, m, n)
+                assert float(law[m, n]) == exact or (math.isnan(law[m, n]) and math.isnan(exact))
+    for fast in everywhere(accumulate.rounded, a, b, grid, grid, chunk, rounding, 5):
         same(fast, law)
 
 
@@ -342,7 +344,7 @@ def test_integers_against_python(bits, largest, generator):
                     total = min(max(total, low), high) if saturate else (total - low) % 2**bits + low
                 expected[m, n] = total
         assert torch.equal(reference.accumulate_mm_integer(a, b, bits, saturate), expected)
-        for fast in everywhere(lambda: ops.accumulate_mm_integer(a, b, bits, saturate)):
+        for fast in everywhere(ops.accumulate_mm_integer, a, b, bits, saturate):
             assert torch.equal(fast, expected)
 
 
@@ -400,9 +402,9 @@ def test_overflow():
     assert float(ops.accumulate_mm(a, b, GRIDS["E4M3FN"])) == 48  # 448 − 400: it stopped at its largest
     big = a * 130
     assert float(ops.accumulate_mm(big, b, GRIDS["E5M2"])) == math.inf
-    assert float(ops.accumulate_mm(big, b, GRIDS["E5M2"], "toward-zero")) == 57344 - 49152
+    assert float(ops.accumulate_mm(big, b, GRIDS["E5M2"], "toward-zero")) == 5120  # 57344 − 52000, cut off
     assert float(ops.accumulate_mm(-big, b, GRIDS["E5M2"])) == -math.inf
-    assert float(ops.accumulate_mm(-big, b, GRIDS["E5M2"], "up")) == -57344 + 49152
+    assert float(ops.accumulate_mm(-big, b, GRIDS["E5M2"], "up")) == -5120
 
 
 def test_zero_has_no_sign():

@@ -233,7 +233,9 @@ def test_meta():
     unchanged(model, "int8-dynamic", "first is on the meta device")
 
 
-@pytest.mark.parametrize("rules", ["int9-dynamic", {"blocks.9": "int8-dynamic", "*": "int8-dynamic"}, {"norm": "int8-dynamic"}])
+@pytest.mark.parametrize(
+    "rules", ["int9-dynamic", {"blocks.9": "int8-dynamic", "*": "int8-dynamic"}, {"norm": "int8-dynamic"}]
+)
 def test_nothing_changes_on_a_wrong_rule(rules):
     unchanged(models.Plain(), rules, ".")
 

@@ -137,7 +137,9 @@ def test_nothing_to_quantize():
         decide(nn.Sequential(model["a"]), INT8)
 
 
-@pytest.mark.parametrize("rules", [[], {}, (), None, 5, [INT8], ["int8-dynamic"], Rule(INT8), [Rule(5)], "int9", {"*": 3}])
+@pytest.mark.parametrize(
+    "rules", [[], {}, (), None, 5, [INT8], ["int8-dynamic"], Rule(INT8), [Rule(5)], "int9", {"*": 3}]
+)
 def test_what_rules_are_not(rules):
     with pytest.raises(OctavoError):
         decide(net(), rules)
