@@ -29,7 +29,7 @@ def run(
     chunks=(8, 16, 32, 64, 128),
     data=ones_or_so,
     trials=32,
-    stochastic_trials=256,
+    stochastic_trials=512,
     formats=(ov.formats.FP16_169, ov.formats.FP16, ov.formats.BF16),
 ) -> Result:
     """Sum ÷ exact for every length and way: the mean over ``trials`` vectors, and their spread."""

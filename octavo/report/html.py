@@ -24,7 +24,8 @@ a { color: var(--link); } .soft { color: var(--soft); } .good { color: var(--goo
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
   font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child, td.words, th.words { text-align: left; }
-td.words { min-width: 11rem; } .contents td, .contents th { min-width: 0; padding: .25rem .4rem; }
+td:first-child { min-width: 7rem; } td.words { min-width: 11rem; }
+.contents td, .contents th, .contents td.words { min-width: 0; padding: .25rem .4rem; }
 tbody tr:nth-child(even) { background: var(--band); }
 figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; border-radius: 4px; }
 code { background: var(--band); padding: .05rem .3rem; border-radius: 3px; font-size: .9em; }

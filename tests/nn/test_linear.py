@@ -113,7 +113,7 @@ def test_the_weight_can_be_read():
 
 
 def test_frozen():
-    layer, ours = make()
+    _, ours = make()
     assert list(ours.parameters()) == []
     assert not ours.bias.requires_grad
     assert not ours(torch.randn(3, 100)).requires_grad
@@ -174,7 +174,7 @@ def test_meta():
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_state_dict_round_trip(name):
-    layer, ours = make(name)
+    _, ours = make(name)
     fresh = linear.empty(24, 100, True, SCHEMES[name], torch.float32)
     state = ours.state_dict()
     assert set(state) == {"codes", "scale", "bias"} | ({"zero_point"} if name == "affine" else set())
