@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
     _check_flags(arguments)
     if arguments.out is not None:
         folder.check_output(arguments.out, arguments.force)
+        _check_not_source(arguments)
     rules = schemes.rules(arguments)
     text = None if arguments.no_evaluate or arguments.dry_run else measure.read(arguments)
     with screen.phase("load", f"opening {arguments.model}"):
@@ -134,6 +135,14 @@ def make_plan(source: "Source", rules: "list[Rule]", layout: str) -> Plan:
     if layout == "compressed-tensors":
         raise OctavoError(f"compressed-tensors cannot hold this model: {why}. Use --layout octavo or another scheme")
     return Plan(verdict, "octavo", why)
+
+
+def _check_not_source(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    source, out = Path(arguments.model), Path(arguments.out).resolve()
+    if source.exists() and (out == source.resolve() or out in source.resolve().parents):
+        raise OctavoError(f"--out {arguments.out} would replace the model itself; name another folder")
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:

@@ -75,6 +75,8 @@ def cast(
     else:
         raise OctavoError(f"overflow is 'saturate', 'nonsaturating' or 'error', not {overflow!r}")
     y = _round(x.detach(), fmt, rounding, kernel_overflow, _noise(x, rounding, generator))
+    if not fmt.signed and overflow == "nonsaturating" and fmt.has_nan:
+        y = y.where(~y.isneginf(), math.nan)  # an unsigned format has no −∞
     if overflow == "error" and x.numel():
         lost = (y.isnan() & ~x.isnan()) | (x.detach() > fmt.max) | (x.detach() < fmt.min)
         if lost.any():
@@ -178,24 +180,31 @@ def sqnr(reference: Tensor, approximation: Tensor) -> float:
         signal = signal.float()
     noise = signal - approximation.detach()
     power, lost = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (signal, noise))
-    if lost == 0:
-        return float("inf")
+    if lost == 0 or math.isinf(lost):
+        return math.inf if lost == 0 else -math.inf
     return 20 * math.log10(power / lost) if power > 0 else (math.nan if math.isnan(lost) else -math.inf)
 
 
 def _round(
     x: Tensor, fmt: Format, rounding: Rounding, overflow: ops.Overflow, noise: Tensor | None, symmetric: bool = False
 ) -> Tensor:
-    grid, dtype = fmt.grid, x.dtype
+    grid, dtype, given = fmt.grid, x.dtype, x
     if fmt.stretch != 1:  # a fractional bias: the grid of the next lower integer bias, stretched
         x = x.double() / fmt.stretch
-    low = max(grid.low, -grid.high) if symmetric else grid.low
+    low, high = grid.low, grid.high
+    if symmetric and fmt.signed:
+        low, high = max(low, -high), min(high, -low)
     # kernels take 2**emin for the exponent field 1; a pure scale's is 0, and one step down sets its ties to even right
     emin = grid.emin - (not fmt.zero)
     negative_zero = fmt.has_negative_zero
     flush = not fmt.subnormals
-    y = ops.cast(x, grid.mantissa, emin, low, grid.high, rounding, overflow, flush, negative_zero, noise)
-    return y if fmt.stretch == 1 else (y * fmt.stretch).to(dtype)
+    y = ops.cast(x, grid.mantissa, emin, low, high, rounding, overflow, flush, negative_zero, noise)
+    if fmt.stretch == 1:
+        return y
+    # dividing by the stretch may land beside the grid: what is on it already, in its own dtype, stays
+    near = ops.cast(x, grid.mantissa, emin, low, high, "nearest-even", "saturate", flush, negative_zero, None)
+    on_grid = (near * fmt.stretch).to(dtype).double() == given.double()
+    return (near.where(on_grid, y) * fmt.stretch).to(dtype)
 
 
 def _codes(y: Tensor, fmt: Format) -> Tensor:

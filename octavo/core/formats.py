@@ -70,6 +70,8 @@ class FloatFormat:
             raise wrong(f"with a bias of {self.bias:g} its values are none that float32 can hold")
         if self._top_field < (1 if self.zero else 0) and self.mantissa == 0:
             raise wrong("its special values leave no number; give it more bits or specials='none'")
+        if self._top_field == 0 and self.zero and not self.subnormals:
+            raise wrong("without subnormals no number but zero is left; give it more exponent bits")
         if self.specials == "fnuz" and not self.signed:
             raise wrong("'fnuz' puts NaN in the place of −0, so it must be signed")
         if not self.zero and self.subnormals:
@@ -310,6 +312,8 @@ def float_format(
 
     ``bias`` defaults to the IEEE ``2**(exponent − 1) − 1``. Raises ``OctavoError`` for a format that cannot be.
     """
+    if type(exponent) is not int or type(mantissa) is not int or not -64 < exponent < 64:
+        raise OctavoError(f"a float format has whole, small bit counts, not {exponent!r} and {mantissa!r}")
     usual = 2 ** (exponent - 1) - 1 if exponent > 0 else 0
     bias = usual if bias is None else bias
     if not isinstance(bias, int | float):

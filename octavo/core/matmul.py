@@ -230,14 +230,14 @@ def column(values: Tensor | None, q: QTensor, start: int) -> Tensor | None:
 def _batches(q: Tensor | QTensor, batch: torch.Size) -> Sequence[Tensor | QTensor]:
     """The matrices of a batched operand, broadcast to ``batch``."""
     if isinstance(q, Tensor):
-        return list(q.expand(*batch, *q.shape[-2:]).reshape(-1, *q.shape[-2:]))
+        return list(q.expand(*batch, *q.shape[-2:]).reshape(batch.numel(), *q.shape[-2:]))
     rows = q.block[-2:]
     lead = tuple(q.shape[:-2])
-    codes = q.codes.expand(*batch, *q.shape[-2:]).reshape(-1, *q.shape[-2:])
+    codes = q.codes.expand(*batch, *q.shape[-2:]).reshape(batch.numel(), *q.shape[-2:])
 
     def spread(t: Tensor) -> Tensor:
         t = expand_blocks(t, (*lead, *t.shape[-2:]), (*q.block[:-2], 1, 1))
-        return t.expand(*batch, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
+        return t.expand(*batch, *t.shape[-2:]).reshape(batch.numel(), *t.shape[-2:])
 
     zeros = [None] * len(codes) if q.zero_point is None else spread(q.zero_point)
     return [QTensor(c, s, z, q.format, rows, q.dtype) for c, s, z in zip(codes, spread(q.scale), zeros, strict=True)]

@@ -61,4 +61,8 @@ class QTensor:
         dtype = dtype or self.dtype
         work = torch.float64 if dtype == torch.float64 else torch.float32
         scale = expand_blocks(self.scale, tuple(self.shape), self.block)
-        return (self.numbers(work) * scale).to(dtype)
+        product = self.numbers(work) * scale
+        if dtype == torch.float64:
+            return product
+        most = torch.finfo(dtype).max  # a scale that was rounded up may carry the largest code past the dtype's end
+        return product.clamp(-most, most).where(scale.isfinite(), product).to(dtype)

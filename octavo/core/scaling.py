@@ -64,13 +64,15 @@ def compute_scale(
         return scale.where(whole, math.nan), torch.zeros_like(scale, dtype=torch.int32) if affine else None
     if not affine:
         amax = torch.maximum(-low, high) if fmt.signed else high
-        scale = _store(amax.clamp(min=LEAST_AMAX) / fmt.max, source.power_of_two, storage)
+        most = min(fmt.max, -fmt.min) if fmt.signed else fmt.max
+        scale = _store(amax.where(amax > 0, LEAST_AMAX) / most, source.power_of_two, storage)
         return scale.where(whole, math.nan), None
     if isinstance(fmt, FloatFormat):
         raise OctavoError(f"a zero point needs an integer format, {fmt.name} is a float; use affine=False")
     low, high = low.clamp(max=0), high.clamp(min=0)
     steps = fmt.high - fmt.low
-    scale = (high - low).clamp(min=LEAST_AMAX) / steps
+    spread = high - low
+    scale = spread.where(spread > 0, LEAST_AMAX) / steps
     scale = scale.where(scale.isfinite(), high / steps - low / steps)  # a range wider than the largest number
     scale = _store(scale, source.power_of_two, storage).where(whole, math.nan)
     zero_point = (fmt.low - (low / scale).round()).nan_to_num(0.0).clamp(fmt.low, fmt.high)

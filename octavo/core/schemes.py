@@ -22,6 +22,9 @@ class Scheme:
     input: Cast | None = None
 
     def __post_init__(self) -> None:
+        for how in (self.weight, self.input):
+            if isinstance(how, Cast) and not how.format.signed and not how.affine:
+                raise OctavoError(f"{how.format.name} drops negative numbers; give its Cast affine=True, or use INT8")
         if isinstance(self.weight, Cast) and self.weight.format.bits <= 8:
             if self.input is None or self.input.format.bits <= 16:
                 return

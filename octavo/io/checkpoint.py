@@ -151,6 +151,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         build = _native_weight if entry.native else compressed_tensors.weight
         weight = build(name, pieces, entry.scheme, _shape(layer), entry.dtype)
         swap.replace(model, layer, QuantizedLinear(weight, bias, entry.scheme, layer.transposed))
+    _restore_dtypes(model, tensors)
     _restore_buffers(model, manifest.get("buffers"))
     return model.eval()
 
@@ -219,8 +220,9 @@ def _transformers_model(
         weight = shapes.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         state[f"{name}.weight"] = torch.zeros(1, dtype=dtype).expand(weight.shape)
+    told = _unpacked(infos)
     model: nn.Module = loading.load(
-        path, model_class, settings, _unpacked(infos), pretrained_model_name_or_path=None, state_dict=state, dtype="auto"
+        path, model_class, settings, told, pretrained_model_name_or_path=None, state_dict=state, dtype="auto"
     )
     return model
 
@@ -291,8 +293,17 @@ def _unsaved_buffers(model: nn.Module) -> dict[str, str]:
     }
 
 
+def _restore_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Each float tensor in the dtype it was saved in: a model may keep its norms in float32 and the rest not."""
+    for name, own in model.named_parameters():
+        stored = tensors.get(name)
+        if stored is not None and own.is_floating_point() and stored.shape == own.shape and stored.dtype != own.dtype:
+            own.data = stored.to(own.device)
+
+
 def _restore_buffers(model: nn.Module, dtypes: Any) -> None:
-    buffers = dict(model.named_buffers())
+    unsaved = _unsaved_buffers(model)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in unsaved}
     for name, dtype in dtypes.items() if isinstance(dtypes, dict) else ():
         if name in buffers and isinstance(dtype, str) and dtype in DTYPES:
             parent, _, attribute = name.rpartition(".")

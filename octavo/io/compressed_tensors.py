@@ -220,7 +220,13 @@ def _cast(told: dict[str, Any], dynamic: bool) -> Cast:
 
 
 def _named(target: str, name: str) -> bool:
-    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
+    if not target.startswith("re:"):
+        return target == name
+    pattern = target[3:]
+    # a file may come from anybody: no repeated group, few repeats, so that matching always ends soon
+    if len(pattern) > 300 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 6:
+        raise OctavoError(f"the target {target[:80]!r} is too intricate a pattern to be tried safely; name the layers")
+    return re.match(pattern, name) is not None
 
 
 def _of_class(target: str, module: nn.Module) -> bool:

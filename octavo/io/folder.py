@@ -21,6 +21,8 @@ from types import FrameType
 from octavo.errors import OctavoError
 
 MARKERS = ("config.json", "octavo.json")
+# what a checkpoint is made of; a folder with anything else, or with folders inside, is somebody's work
+CHECKPOINT_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".md"}
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _DISK_FULL_TEXT = tuple(os.strerror(code).lower() for code in sorted(_DISK_FULL))
 
@@ -107,6 +109,12 @@ def _check_replaceable(target: Path, out: str | os.PathLike[str], force: bool) -
         raise OctavoError(f"{out} exists and is not empty. Choose another folder, or replace it with --force.")
     if ".git" in names:
         raise OctavoError(f"{out} holds a git repository and will not be replaced. Choose another folder.")
+    foreign = sorted(entry.name for entry in target.iterdir() if entry.is_dir() or entry.suffix not in CHECKPOINT_FILES)
+    if foreign and names.intersection(MARKERS):
+        raise OctavoError(
+            f"{out} holds more than a checkpoint ({foreign[0]}) and will not be replaced, not even with --force. "
+            "Choose another folder, or move that away."
+        )
     if not names.intersection(MARKERS):
         raise OctavoError(
             f"{out} does not look like a checkpoint (it holds neither {' nor '.join(MARKERS)}) and will not be "

@@ -14,6 +14,7 @@ from octavo.core.cast import quantize_unchecked
 from octavo.core.matmul import multiply
 from octavo.core.qtensor import QTensor
 from octavo.core.schemes import Scheme, describe
+from octavo.errors import OctavoError
 
 KEPT = ("codes", "scale", "zero_point")  # ``Module.to(dtype)`` must not touch these
 
@@ -54,6 +55,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` […, in] to […, out], in ``x``'s dtype."""
+        if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
+            raise OctavoError(f"the layer takes floats […, {self.in_features}], not {x.dtype} {list(x.shape)}")
         how = self.scheme.input
         if how is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)

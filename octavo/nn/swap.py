@@ -3,6 +3,7 @@
 A layer is what ``named_modules`` finds under one or several names; all names of one layer are swapped together.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -131,19 +132,35 @@ def _computed(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _computes_linear(module: nn.Linear) -> bool:
-    """Whether a class with a forward of its own (Falcon's) still computes ``x Wᵀ + b``, tried on two rows."""
-    weight, bias = module.weight, module.bias
-    if weight.is_meta:
+    """Whether a class with a forward of its own (Falcon's) still computes ``x Wᵀ + b`` and nothing else.
+
+    It must hold nothing but weight and bias (an adapter holds more), and is tried on numbers of several sizes, as rows
+    and as batches, in both modes. A layer without numbers (on meta) is tried with made-up ones.
+    """
+    own = {*dict(module.named_parameters()), *dict(module.named_buffers())}
+    if own - {"weight", "bias"} or any(module.children()):
         return False
-    x = torch.linspace(-1, 1, 2 * module.in_features, dtype=torch.float32).view(2, -1).to(weight.device, weight.dtype)
-    try:
-        y = module.forward(x)  # past the hooks, which are not ours to call
-    except Exception:  # it wants something else than rows
-        return False
-    expected = F.linear(x, weight, bias)
-    close = isinstance(y, Tensor) and y.shape == expected.shape and y.dtype == expected.dtype
-    slack = max(1e-4, 4 * torch.finfo(weight.dtype).eps)  # tight: a small adapter must not pass for rounding
-    return close and torch.allclose(y, expected, rtol=slack, atol=slack * float(expected.abs().max() + 1e-6))
+    generator = torch.Generator().manual_seed(0)
+    twin = copy.deepcopy(module)
+    if module.weight.is_meta:
+        twin = twin.to_empty(device="cpu")
+        for parameter in twin.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    weight, bias = twin.weight, twin.bias
+    slack = max(1e-4, 4 * torch.finfo(weight.dtype).eps)
+    for shape, size, training in [((3,), 1.0, False), ((2, 3), 1e-3, True), ((2, 3), 1e3, False), ((5,), 30.0, True)]:
+        x = size * torch.randn(*shape, twin.in_features, generator=generator)
+        x = x.to(weight.device, weight.dtype)
+        try:
+            y = twin.train(training).forward(x)  # past the hooks, which are not ours to call
+        except Exception:  # it wants something else than rows
+            return False
+        expected = F.linear(x, weight, bias)
+        if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
+            return False
+        if not torch.allclose(y, expected, rtol=slack, atol=slack * float(expected.abs().max() + 1e-6)):
+            return False
+    return True
 
 
 def _read_by_their_parent(model: nn.Module) -> dict[nn.Module, str]:

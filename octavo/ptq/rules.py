@@ -65,11 +65,11 @@ def assign(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Layer
     verdict: dict[Layer, Scheme | str] = {}
     for layer in found:
         matching = [rule for rule in ordered if rule.matches(layer)]
-        if layer.obstacle is None:
-            used.update(matching)
-        else:
-            used.update(rule for rule in matching if rule.scheme is None)
         rule = matching[0] if matching else None
+        if layer.module in heads:  # a rule with its exact name goes before patterns
+            rule = next((r for r in matching if r.name in layer.names), rule)
+        if rule is not None and (layer.obstacle is None or rule.scheme is None):
+            used.add(rule)
         if layer.obstacle is not None:
             verdict[layer] = layer.obstacle
         elif rule is None:
@@ -82,8 +82,9 @@ def assign(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Layer
             assert isinstance(rule.scheme, Scheme)
             verdict[layer] = rule.scheme
     for rule in ordered:
-        if rule not in used and not (len(ordered) == 1 and rule.name == "*" and rule.type is None):  # _nothing says it
-            raise _unmatched(rule, found)
+        catches_all = rule.name == "*" and rule.type is None  # may well find nothing left to decide
+        if rule not in used and not catches_all:
+            raise _unmatched(rule, ordered, found)
     if not any(isinstance(v, Scheme) for v in verdict.values()):
         raise _nothing(ordered, verdict)
     return verdict
@@ -100,7 +101,11 @@ def output_heads(model: nn.Module, found: Sequence[Layer]) -> set[nn.Module]:
     return heads
 
 
-def _unmatched(rule: Rule, found: Sequence[Layer]) -> OctavoError:
+def _unmatched(rule: Rule, ordered: Sequence[Rule], found: Sequence[Layer]) -> OctavoError:
+    for layer in found:
+        earlier = next((r for r in ordered if r.matches(layer)), rule)
+        if layer.obstacle is None and rule.matches(layer) and earlier is not rule:
+            return OctavoError(f"the rule {rule} never decides: {earlier} comes before it, for {layer.name}; swap them")
     blocked = [x for x in found if rule.matches(x)]
     if blocked:
         why = "; ".join(f"{x.name}: {x.obstacle}" for x in blocked[:3])

@@ -1,8 +1,8 @@
 """Independent laws to hold the package against, written from the definitions and sharing nothing with it.
 
 ``Slow`` builds a float format code by code in exact rationals. ``Slow.round`` rounds one rational by looking at its two
-neighbours in that table. ``Slow.round_array`` is the same for float64 arrays, by binary search; ``test_oracle.py`` holds
-it against ``Slow.round`` and against gfloat.
+neighbours in that table. ``Slow.round_array`` is the same for float64 arrays, by binary search; ``test_oracle.py``
+holds it against ``Slow.round`` and against gfloat.
 """
 
 import functools

@@ -600,7 +600,7 @@ def test_missing_files(which, damaged, tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(OctavoError):
         checkpoint.load(folder)
-    with pytest.raises(OctavoError, match="no such folder.*Did you mean"):
+    with pytest.raises(OctavoError, match=r"no such folder.*Did you mean"):
         checkpoint.load(tmp_path / "packet")
     (tmp_path / "file").write_text("x")
     with pytest.raises(OctavoError):
@@ -846,7 +846,7 @@ def test_a_checkpoint_of_the_other_makers(kind, strategy, tmp_path):
         args = layer.quantization_scheme.weights
         w = layer.weight.detach()
         cut = {"channel": w, "tensor": w.reshape(1, -1), "group": w.unflatten(1, (-1, 32))}[strategy]
-        scale, zero = calculate_qparams(cut.amin(-1), cut.amax(-1), args)
+        scale, _ = calculate_qparams(cut.amin(-1), cut.amax(-1), args)
         layer.weight_scale.data.copy_(scale.reshape(layer.weight_scale.shape))
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)

@@ -20,7 +20,7 @@ from octavo.io.folder import atomic_folder, check_output, did_you_mean
 def checkpoint(path, text="old"):
     path.mkdir(parents=True)
     (path / "config.json").write_text("{}")
-    (path / "weights").write_text(text)
+    (path / "weights.txt").write_text(text)
     return path
 
 
@@ -119,18 +119,18 @@ def test_force_replaces_a_checkpoint(tmp_path):
     with pytest.raises(OctavoError, match=r"not empty.*--force"):
         check_output(out)
     with atomic_folder(out, force=True) as place:
-        assert (out / "weights").read_text() == "old"
-        (place / "weights").write_text("new")
-    assert snapshot(tmp_path) == {"out": None, "out/weights": b"new"}
+        assert (out / "weights.txt").read_text() == "old"
+        (place / "weights.txt").write_text("new")
+    assert snapshot(tmp_path) == {"out": None, "out/weights.txt": b"new"}
 
 
 def test_force_through_a_link_replaces_what_it_points_to(tmp_path):
     real = checkpoint(tmp_path / "disk" / "real")
     (tmp_path / "out").symlink_to(real)
     with atomic_folder(tmp_path / "out", force=True) as place:
-        (place / "weights").write_text("new")
+        (place / "weights.txt").write_text("new")
     assert (tmp_path / "out").is_symlink()
-    assert (real / "weights").read_text() == "new"
+    assert (real / "weights.txt").read_text() == "new"
 
 
 def test_the_old_folder_comes_back_when_the_second_rename_fails(tmp_path, monkeypatch):
@@ -152,7 +152,7 @@ def test_the_old_folder_comes_back_when_the_second_rename_fails(tmp_path, monkey
 def test_what_appears_in_the_meantime_is_not_overwritten(tmp_path):
     with pytest.raises(OctavoError, match="not empty"), atomic_folder(tmp_path / "out"):
         checkpoint(tmp_path / "out", "theirs")
-    assert (tmp_path / "out" / "weights").read_text() == "theirs"
+    assert (tmp_path / "out" / "weights.txt").read_text() == "theirs"
 
 
 def test_force_refuses_what_is_no_checkpoint(tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_force_refuses_what_is_no_checkpoint(tmp_path, monkeypatch):
     for place in (".", "..", here):
         with pytest.raises(OctavoError, match="current folder"):
             check_output(place, force=True)
-    assert (here / "weights").exists()
+    assert (here / "weights.txt").exists()
 
 
 def test_a_file_in_the_way(tmp_path):

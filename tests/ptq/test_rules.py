@@ -44,8 +44,11 @@ def test_the_first_match_decides():
     assert verdict["a.0"] == FP8
     assert verdict["a.2"] == "rule name='a.*'"
     assert verdict["b.0"] == INT8
-    verdict = decide(net(), {"a.*": None, "a.0": "fp8-dynamic", "*": "int8-dynamic"})
-    assert verdict["a.0"] == "rule name='a.*'"
+
+
+def test_a_rule_behind_another_is_an_error():
+    with pytest.raises(OctavoError, match=r"never decides: name='a\.\*' comes before it, for a.0"):
+        decide(net(), {"a.*": None, "a.0": "fp8-dynamic", "*": "int8-dynamic"})
 
 
 def test_patterns():
