@@ -31,6 +31,6 @@ def draw(results: dict[str, Any], file: Path) -> None:
     axes.set_xlabel(f"change of perplexity against FP32 ({base:.2f}, {results['float']['mb']:.0f} MB), %")
     axes.set_title("SmolLM2-135M in 8 bits", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(handles=[Patch(color=c, label=n) for n, c in EIGHT.items()], frameon=False, loc="lower right")
+    axes.legend(handles=[Patch(color=c, label=n) for n, c in EIGHT.items()], frameon=False, loc="upper right")
     figure.savefig(file, dpi=130)
     plt.close(figure)
