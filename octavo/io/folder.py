@@ -23,7 +23,7 @@ from octavo.errors import OctavoError
 MARKERS = ("config.json", "octavo.json")
 # what a checkpoint is made of; a folder with anything else, or with folders inside, is somebody's work
 CHECKPOINT_FILES = {".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".md"}
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DISK_FULL_TEXT = tuple(os.strerror(code).lower() for code in sorted(_DISK_FULL))
 
 

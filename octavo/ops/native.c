@@ -198,8 +198,9 @@ void octavo_decode16(const uint8_t *codes, const uint16_t *table, uint16_t *y, i
  * C[m, n] = sum over k of A[m, k] * B[n, k], bfloat16 in, float32 out, by vdpbf16ps: sixteen lanes of float32, each
  * taking two products a step. B, the weight, is large and read where it lies; A, the activations, is repacked: the
  * vector lanes are rows of A, and a pair of neighbours in a row of B is broadcast to all of them. A panel of A is up
- * to 48 rows by DEPTH columns and stays in the second-level cache while rows of B stream past. Each element of C is
- * summed in one fixed order, which no tile shape and no thread count changes. */
+ * to 48 rows by DEPTH columns and stays in the second-level cache while rows of B stream past. No thread
+ * count changes a result; but strips of few rows are summed in another order (dots), so a row's last bits can depend
+ * on how many rows come with it. */
 #if defined(__x86_64__)
 
 #define AVX512_BF16_CODE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
