@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from octavo import analysis, cli, core, io, nn, ops, ptq
     from octavo.analysis.perplexity import perplexity
     from octavo.core import accumulate, formats, requantize, schemes
-    from octavo.core.cast import Cast, cast, decode, encode, fake_quantize, quantize, sqnr
+    from octavo.core.cast import Cast, cast, decode, encode, fake_quantize, quantize, quantize_scaled, sqnr
     from octavo.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
     from octavo.core.matmul import matmul
     from octavo.core.qtensor import QTensor
     from octavo.core.records import from_json, to_json
-    from octavo.core.scaling import Constant, Current
+    from octavo.core.scaling import Constant, Current, Static
     from octavo.core.schemes import Scheme
     from octavo.errors import OctavoError, OctavoWarning
     from octavo.io.checkpoint import load, save
@@ -29,12 +29,12 @@ _HOMES = {
     "octavo": ("analysis", "cli", "core", "io", "nn", "ops", "ptq"),
     "octavo.analysis.perplexity": ("perplexity",),
     "octavo.core": ("accumulate", "formats", "requantize", "schemes"),
-    "octavo.core.cast": ("Cast", "cast", "decode", "encode", "fake_quantize", "quantize", "sqnr"),
+    "octavo.core.cast": ("Cast", "cast", "decode", "encode", "fake_quantize", "quantize", "quantize_scaled", "sqnr"),
     "octavo.core.granularity": ("PerBlock", "PerChannel", "PerGroup", "PerTensor", "PerToken"),
     "octavo.core.matmul": ("matmul",),
     "octavo.core.qtensor": ("QTensor",),
     "octavo.core.records": ("from_json", "to_json"),
-    "octavo.core.scaling": ("Constant", "Current"),
+    "octavo.core.scaling": ("Constant", "Current", "Static"),
     "octavo.core.schemes": ("Scheme",),
     "octavo.errors": ("OctavoError", "OctavoWarning"),
     "octavo.io.checkpoint": ("load", "save"),
@@ -58,6 +58,7 @@ __all__ = [
     "QTensor",
     "Rule",
     "Scheme",
+    "Static",
     "Summary",
     "accumulate",
     "analysis",
@@ -78,6 +79,7 @@ __all__ = [
     "ptq",
     "quantize",
     "quantize_",
+    "quantize_scaled",
     "requantize",
     "save",
     "schemes",

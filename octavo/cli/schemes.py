@@ -21,12 +21,21 @@ SCHEMES = {
     "fp8-block": "FP8 as in DeepSeek-V3: a scale for 128 × 128 weights and 128 inputs",
     "int8-group64": "INT8 with a scale for every 64 numbers: the accurate one",
     "e3m4-int8-group64": "INT8 weights, E3M4 inputs, a scale for every 64: for inputs with outliers",
+    "int8-static": "INT8 weights and inputs, one input scale a layer, found by calibration",
+    "int8-affine-static": "the same, inputs from 0 to 255 with a zero point: finer after a ReLU",
+    "fp8-static": "FP8 (E4M3FN), one input scale a layer, found by calibration",
+    "fp8-cscale": "FP8 (E4M3FNUZ), one constant scale for the whole model: Graphcore's CSCALE",
+    "w8a16": "INT8 weights, INT16 inputs with a scale a token",
+    "w16a8": "INT16 weights, INT8 inputs with a scale a token",
     "e5m2-dynamic": "E5M2 (wide range, 2 bits of precision), for experiments",
     "e3m4-dynamic": "E3M4 (4 bits of precision), for experiments",
     "e2m5-dynamic": "E2M5 (5 bits of precision), for experiments",
     "e5m2-weight-only": "E5M2 weights",
     "e3m4-weight-only": "E3M4 weights",
     "e2m5-weight-only": "E2M5 weights",
+    "e5m2-static": "E5M2 with calibrated input scales",
+    "e3m4-static": "E3M4 with calibrated input scales",
+    "e2m5-static": "E2M5 with calibrated input scales",
 }
 SCHEMES_HELP = "schemes, what becomes of a layer:\n" + "\n".join(f"  {k:<18} {v}" for k, v in SCHEMES.items())
 NONE = "none"

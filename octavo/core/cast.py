@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo import ops
 from octavo.core import formats
 from octavo.core.formats import FloatFormat, Format, IntegerFormat
-from octavo.core.granularity import Granularity, PerTensor, expand_blocks
+from octavo.core.granularity import Granularity, PerTensor, expand_blocks, reduce_blocks, scale_shape
 from octavo.core.qtensor import QTensor
 from octavo.core.scaling import Current, Scale, compute_scale
 from octavo.errors import OctavoError
@@ -136,9 +136,42 @@ def quantize_unchecked(
     ``storage``: the dtype in which the scale will be kept; see ``compute_scale``.
     """
     x = x.detach()
-    fmt = how.format
     block = how.granularity.block(tuple(x.shape))
-    scale, zero_point = compute_scale(x, block, fmt, how.scale, how.affine, storage)
+    scale, zero_point = compute_scale(x, block, how.format, how.scale, how.affine, storage)
+    return _encode_scaled(x, how, block, scale, zero_point, generator)
+
+
+def quantize_scaled(
+    x: Tensor, how: Cast, scale: Tensor, zero_point: Tensor | None = None, generator: torch.Generator | None = None
+) -> QTensor:
+    """``quantize`` with scales that are known already; what lies beyond their range saturates.
+
+    ``scale``: float32 with one element a block of ``how.granularity``, whatever its dimensions of size 1;
+    ``zero_point``: int32 of the same shape, for affine Casts. NaN or Inf in ``x`` makes its block NaN, as in
+    ``quantize_unchecked``. Raises ``OctavoError`` for scales that do not fit.
+    """
+    x = x.detach()
+    block = how.granularity.block(tuple(x.shape))
+    counts = scale_shape(tuple(x.shape), block)
+    if [n for n in scale.shape if n != 1] != [n for n in counts if n != 1]:
+        raise OctavoError(f"{how.granularity} of {list(x.shape)} has scales {list(counts)}, not {list(scale.shape)}")
+    if (zero_point is not None) is not how.affine:
+        raise OctavoError(f"{'an affine Cast needs' if how.affine else 'a symmetric Cast has no'} zero point")
+    low, high = reduce_blocks(x, block)
+    scale = scale.reshape(counts).where(low.isfinite() & high.isfinite(), math.nan)
+    zero_point = None if zero_point is None else zero_point.reshape(counts)
+    return _encode_scaled(x, how, block, scale, zero_point, generator)
+
+
+def _encode_scaled(
+    x: Tensor,
+    how: Cast,
+    block: tuple[int, ...],
+    scale: Tensor,
+    zero_point: Tensor | None,
+    generator: torch.Generator | None,
+) -> QTensor:
+    fmt = how.format
     work = x if x.dtype == torch.float64 else x.float()
     scaled = work / expand_blocks(scale, tuple(x.shape), block)
     noise = _noise(scaled, how.rounding, generator)

@@ -12,8 +12,8 @@ time from zero: chunks, groups and promotions are counted from the start of each
 added in FP32. An operand left as it is has one scale, 1.
 """
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import pairwise, product
 from typing import Any, overload
 
 import torch
@@ -69,12 +69,14 @@ def _matmul(
     dtype = a.dtype
     if isinstance(how, Float32) and (isinstance(a, Tensor) or isinstance(b, Tensor)):
         return _dense(a, dtype) @ _dense(b, dtype)
-    if len(a.shape) == 2 and len(b.shape) == 2:
-        return _product(a, b.mT, how, generator).to(dtype)
-    pairs = zip(_batches(a, batch), _batches(b, batch), strict=True)
-    products = [_product(x, y.mT, how, generator) for x, y in pairs]
     shape = (*batch, a.shape[-2], b.shape[-1])
-    return (torch.stack(products) if products else torch.empty(0, device=a.device)).view(shape).to(dtype)
+    if len(b.shape) == 2:
+        rows = a if len(a.shape) == 2 else _rows(a)
+        return _product(rows, b.mT, how, generator).view(shape).to(dtype)
+    result = torch.empty(shape, device=a.device)
+    for place, x, y in zip(_places(batch), _batches(a, batch), _batches(b, batch), strict=True):
+        result[place] = _product(x, y.mT, how, generator)
+    return result.to(dtype)
 
 
 def _product(a: Tensor | QTensor, b: Tensor | QTensor, how: Accumulator, generator: torch.Generator | None) -> Tensor:
@@ -86,12 +88,12 @@ def _product(a: Tensor | QTensor, b: Tensor | QTensor, how: Accumulator, generat
     edges = sorted({k, 0}.union(*(range(0, k, q.block[1] or 1) for q in quantized)))
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
     for start, stop in pairwise(edges):
-        product = sum_products(x[:, start:stop], w[:, start:stop], how, generator)
+        part = sum_products(x[:, start:stop], w[:, start:stop], how, generator)
         if isinstance(a, QTensor):
-            product = product.mul_(column(a.scale, a, start))
+            part = part.mul_(column(a.scale, a, start))
         if isinstance(b, QTensor):
-            product = product.mul_(column(b.scale, b, start).mT)
-        total = product if start == 0 else total.add_(product)
+            part = part.mul_(column(b.scale, b, start).mT)
+        total = part if start == 0 else total.add_(part)
     return total
 
 
@@ -138,6 +140,10 @@ def _operand(
     x: Tensor | QTensor, cast: Cast | None, how: Accumulator, generator: torch.Generator | None
 ) -> Tensor | QTensor:
     """One operand as the product takes it, quantized if it is to be."""
+    if not isinstance(x, Tensor | QTensor):
+        raise OctavoError(f"matmul takes tensors and QTensors, not {type(x).__name__}; convert it first")
+    if not isinstance(cast, Cast | None):
+        raise OctavoError(f"lhs and rhs are Casts, such as octavo.Cast('E4M3FN'), or None, not {cast!r}")
     if isinstance(x, Tensor):
         if not x.is_floating_point():
             raise OctavoError(f"matmul takes floating-point tensors and QTensors, not {x.dtype}; convert it first")
@@ -182,11 +188,11 @@ def multiply(a: QTensor, b: QTensor) -> Tensor:
     for start, stop in pairwise(edges):
         left, right = x[:, start:stop], w[:, start:stop]
         if integers:
-            product = integer_sums(left, right, column(zx, a, start), column(zw, b, start)).float()
+            part = integer_sums(left, right, column(zx, a, start), column(zw, b, start)).float()
         else:
-            product = ops.float_mm(left, right)
-        product = product.mul_(column(a.scale, a, start)).mul_(column(b.scale, b, start).mT)
-        total = product if total is None else total.add_(product)
+            part = ops.float_mm(left, right)
+        part = part.mul_(column(a.scale, a, start)).mul_(column(b.scale, b, start).mT)
+        total = part if total is None else total.add_(part)
     return torch.zeros(m, n, dtype=torch.float32, device=a.device) if total is None else total
 
 
@@ -227,17 +233,39 @@ def column(values: Tensor | None, q: QTensor, start: int) -> Tensor | None:
     return expand_blocks(found, (q.shape[0], 1), (q.block[0], 1)) if found.shape[0] > 1 else found
 
 
-def _batches(q: Tensor | QTensor, batch: torch.Size) -> Sequence[Tensor | QTensor]:
-    """The matrices of a batched operand, broadcast to ``batch``."""
+def _rows(q: Tensor | QTensor) -> Tensor | QTensor:
+    """A batched operand as one matrix, every row with its own scale."""
     if isinstance(q, Tensor):
-        return list(q.expand(*batch, *q.shape[-2:]).reshape(batch.numel(), *q.shape[-2:]))
-    rows = q.block[-2:]
-    lead = tuple(q.shape[:-2])
-    codes = q.codes.expand(*batch, *q.shape[-2:]).reshape(batch.numel(), *q.shape[-2:])
+        return q.flatten(0, -2)
 
     def spread(t: Tensor) -> Tensor:
-        t = expand_blocks(t, (*lead, *t.shape[-2:]), (*q.block[:-2], 1, 1))
-        return t.expand(*batch, *t.shape[-2:]).reshape(batch.numel(), *t.shape[-2:])
+        wide = expand_blocks(t, (*q.shape[:-1], t.shape[-1]), (*q.block[:-1], 1))
+        return wide.expand(*q.shape[:-1], -1).flatten(0, -2)
 
-    zeros = [None] * len(codes) if q.zero_point is None else spread(q.zero_point)
-    return [QTensor(c, s, z, q.format, rows, q.dtype) for c, s, z in zip(codes, spread(q.scale), zeros, strict=True)]
+    zeros = None if q.zero_point is None else spread(q.zero_point)
+    return QTensor(q.codes.flatten(0, -2), spread(q.scale), zeros, q.format, (1, q.block[-1]), q.dtype)
+
+
+def _batches(q: Tensor | QTensor, batch: torch.Size) -> Iterator[Tensor | QTensor]:
+    """The matrices of a batched operand, broadcast to ``batch``: views, for there may be many of few."""
+
+    def spread(t: Tensor) -> Tensor:
+        return t.expand(*batch, *t.shape[-2:])
+
+    if isinstance(q, Tensor):
+        whole = spread(q)
+        yield from (whole[place] for place in _places(batch))
+        return
+    lead, codes = q.shape[:-2], spread(q.codes)
+    scale, zeros = (
+        None if t is None else spread(expand_blocks(t, (*lead, *t.shape[-2:]), (*q.block[:-2], 1, 1)))
+        for t in (q.scale, q.zero_point)
+    )
+    assert scale is not None
+    for place in _places(batch):
+        zero = None if zeros is None else zeros[place]
+        yield QTensor(codes[place], scale[place], zero, q.format, q.block[-2:], q.dtype)
+
+
+def _places(batch: torch.Size) -> Iterator[tuple[int, ...]]:
+    return product(*map(range, batch))

@@ -12,7 +12,7 @@ from octavo.core.accumulate import Chunked, Float32, Integer, Sequential, Tensor
 from octavo.core.cast import Cast
 from octavo.core.formats import FloatFormat, IntegerFormat
 from octavo.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from octavo.core.scaling import Constant, Current
+from octavo.core.scaling import Constant, Current, Static
 from octavo.core.schemes import Scheme
 from octavo.errors import OctavoError
 
@@ -21,7 +21,7 @@ RECORDS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         *(FloatFormat, IntegerFormat, PerTensor, PerChannel, PerToken, PerGroup, PerBlock),
-        *(Current, Constant, Cast, Scheme),
+        *(Current, Static, Constant, Cast, Scheme),
         *(Float32, Sequential, Chunked, TensorCore, Integer),
     )
 }

@@ -1,4 +1,4 @@
-"""Where a tensor's scale comes from: its own largest value, a constant, or (in training and calibration) elsewhere.
+"""Where a tensor's scale comes from: its own largest value, a calibration that went before, or a constant.
 
 Everywhere ``x ≈ (codes − zero_point) · scale``: the scale multiplies on the way out.
 """
@@ -28,6 +28,16 @@ class Current:
 
 
 @dataclass(frozen=True)
+class Static:
+    """Found beforehand, by calibration on example data, and kept with the layer: the same for every tensor to come.
+
+    ``power_of_two`` as for ``Current``.
+    """
+
+    power_of_two: bool = False
+
+
+@dataclass(frozen=True)
 class Constant:
     """The same scale for every block, whatever the data: 1.0 is a plain cast."""
 
@@ -38,7 +48,7 @@ class Constant:
             raise OctavoError(f"a constant scale must be positive and finite, not {self.value}")
 
 
-Scale = Current | Constant
+Scale = Current | Static | Constant
 
 
 def compute_scale(
@@ -49,23 +59,45 @@ def compute_scale(
     affine: bool,
     storage: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
-    """The scale (and, if ``affine``, the zero point) of every block of ``x``.
+    """The scale (and, if ``affine``, the zero point) of every block of ``x``, from ``x`` itself.
 
-    Symmetric: ``scale = amax / max``. Affine (algorithms: Jacob et al., 1712.05877): the range, stretched to hold 0, is
-    spread over all integers, and the zero point is the integer that stands for 0.0 exactly. ``storage`` is the dtype
-    the scale will be kept in: it is rounded to that dtype *now*, so that the codes fit the scale a loader reads back.
-    A block with NaN or an infinity gets NaN for a scale: its values cannot pass as numbers.
+    A block with NaN or an infinity gets NaN for a scale: its values cannot pass as numbers. ``storage``: see
+    ``scale_of_range``. Raises ``OctavoError`` for a ``Static`` source, which needs a calibration.
     """
+    if isinstance(source, Static):
+        raise OctavoError(
+            "a static scale comes from calibration, not from the tensor itself: pass data to quantize_, or take a "
+            "scale from an observer and call quantize_scaled"
+        )
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     low, high = (edge.to(work) for edge in reduce_blocks(x, block))
-    whole = low.isfinite() & high.isfinite()
     if isinstance(source, Constant):
+        whole = low.isfinite() & high.isfinite()
         scale = _store(torch.full_like(low, source.value), False, storage)
         return scale.where(whole, math.nan), torch.zeros_like(scale, dtype=torch.int32) if affine else None
+    return scale_of_range(low, high, fmt, affine, source.power_of_two, storage)
+
+
+def scale_of_range(
+    low: Tensor,
+    high: Tensor,
+    fmt: Format,
+    affine: bool = False,
+    power_of_two: bool = False,
+    storage: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    """The scales (and, if ``affine``, the zero points) for ranges ``low … high`` of any one shape.
+
+    Symmetric: ``scale = amax / max``. Affine (Jacob et al., 1712.05877): the range, stretched to hold 0, is
+    spread over all integers, and the zero point is the integer that stands for 0.0 exactly. ``storage`` is the dtype
+    the scale will be kept in: it is rounded to that dtype *now*, so that the codes fit the scale a loader reads back.
+    A range that is not finite gets NaN for a scale.
+    """
+    whole = low.isfinite() & high.isfinite()
     if not affine:
         amax = torch.maximum(-low, high) if fmt.signed else high
         most = min(fmt.max, -fmt.min) if fmt.signed else fmt.max
-        scale = _store(amax.where(amax > 0, LEAST_AMAX) / most, source.power_of_two, storage)
+        scale = _store(amax.where(amax > 0, LEAST_AMAX) / most, power_of_two, storage)
         return scale.where(whole, math.nan), None
     if isinstance(fmt, FloatFormat):
         raise OctavoError(f"a zero point needs an integer format, {fmt.name} is a float; use affine=False")
@@ -74,7 +106,7 @@ def compute_scale(
     spread = high - low
     scale = spread.where(spread > 0, LEAST_AMAX) / steps
     scale = scale.where(scale.isfinite(), high / steps - low / steps)  # a range wider than the largest number
-    scale = _store(scale, source.power_of_two, storage).where(whole, math.nan)
+    scale = _store(scale, power_of_two, storage).where(whole, math.nan)
     zero_point = (fmt.low - (low / scale).round()).nan_to_num(0.0).clamp(fmt.low, fmt.high)
     return scale, zero_point.to(torch.int32)
 

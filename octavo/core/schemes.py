@@ -10,26 +10,40 @@ from dataclasses import dataclass, replace
 from octavo.core import formats
 from octavo.core.cast import Cast
 from octavo.core.formats import Format
-from octavo.core.granularity import PerBlock, PerChannel, PerGroup, PerToken
+from octavo.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from octavo.core.scaling import Constant, Current, Static
 from octavo.errors import OctavoError
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """One layer at inference: how its weight [out, in] and input […, in] are cast; ``input=None`` is weight-only."""
+    """One layer at inference: how its weight [out, in] and input […, in] are cast; ``input=None`` is weight-only.
+
+    One of the two has at most 8 bits, the other at most 16. A ``Static`` input scale is found by calibration.
+    """
 
     weight: Cast
     input: Cast | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.weight, Cast):
+            raise OctavoError("a scheme quantizes the weight; to leave a layer alone its rule says None")
         for how in (self.weight, self.input):
             if isinstance(how, Cast) and not how.format.signed and not how.affine:
                 raise OctavoError(f"{how.format.name} drops negative numbers; give its Cast affine=True, or use INT8")
-        if isinstance(self.weight, Cast) and self.weight.format.bits <= 8:
-            if self.input is None or self.input.format.bits <= 16:
-                return
-            raise OctavoError(f"inputs take at most 16 bits, {self.input.format.name} has {self.input.format.bits}")
-        raise OctavoError("a scheme quantizes the weight to at most 8 bits; to leave a layer alone its rule says None")
+        bits = [how.format.bits for how in (self.weight, self.input) if how is not None]
+        if min(bits) > 8 or max(bits) > 16:
+            names = " and ".join(how.format.name for how in (self.weight, self.input) if how is not None)
+            raise OctavoError(f"a scheme has at most 8 bits on one side and 16 on the other, not {names}")
+        if self.input is not None and self.static and not isinstance(self.input.granularity, PerTensor | PerChannel):
+            raise OctavoError(
+                f"a static input has one scale, or one a channel; {self.input.granularity} varies with it"
+            )
+
+    @property
+    def static(self) -> bool:
+        """Whether the input's scale is found by calibration."""
+        return self.input is not None and isinstance(self.input.scale, Static)
 
 
 def dynamic(
@@ -53,6 +67,34 @@ def weight_only(weight: Format | str, group: int | None = None) -> Scheme:
     return replace(dynamic(weight, weight_group=group), input=None)
 
 
+def static(
+    weight: Format | str,
+    input: Format | str | None = None,
+    affine: bool = False,
+    power_of_two: bool = False,
+    weight_group: int | None = None,
+) -> Scheme:
+    """Weights with a scale a channel (or a group), inputs with one scale, found by calibration.
+
+    ``input`` defaults to the weight's format. ``affine`` gives integer inputs a zero point; ``power_of_two`` makes
+    all scales powers of two.
+    """
+    base = dynamic(weight, input, weight_group)
+    assert base.input is not None
+    scale = Current(power_of_two=True) if power_of_two else Current()
+    how = Cast(base.input.format, PerTensor(), Static(power_of_two), affine=affine)
+    return Scheme(replace(base.weight, scale=scale), how)
+
+
+def constant(fmt: Format | str, bias: int) -> Scheme:
+    """One exponent bias for every weight and input: everything is multiplied by ``2**bias`` and cast, nothing measured.
+
+    Graphcore's FP8-CSCALE (2309.17224).
+    """
+    how = Cast(formats.get(fmt), PerTensor(), Constant(2.0**-bias))
+    return Scheme(how, how)
+
+
 INT8_DYNAMIC = dynamic(formats.INT8)
 FP8_DYNAMIC = dynamic(formats.E4M3FN)
 INT8_WEIGHT_ONLY = weight_only(formats.INT8)
@@ -62,6 +104,14 @@ FP8_BLOCK = Scheme(Cast(formats.E4M3FN, PerBlock(128, 128)), Cast(formats.E4M3FN
 #: The accurate ones: the same bits with a scale for every 64 numbers.
 INT8_GROUP64 = dynamic(formats.INT8, weight_group=64, input_group=64)
 E3M4_INT8_GROUP64 = dynamic(formats.INT8, formats.E3M4, weight_group=64, input_group=64)
+INT8_STATIC = static(formats.INT8)
+#: Inputs from 0 to 255 with a zero point: twice as fine after a ReLU or a GELU.
+INT8_AFFINE_STATIC = static(formats.INT8, formats.UINT8, affine=True)
+FP8_STATIC = static(formats.E4M3FN)
+FP8_CSCALE = constant(formats.E4M3FNUZ, 2)
+#: 8-bit weights with 16-bit integer inputs, and the reverse, as Qualcomm's engines run them (2303.17951).
+W8A16 = dynamic(formats.INT8, formats.INT16)
+W16A8 = dynamic(formats.INT16, formats.INT8)
 
 NAMES: dict[str, Scheme] = {
     "int8-dynamic": INT8_DYNAMIC,
@@ -71,8 +121,15 @@ NAMES: dict[str, Scheme] = {
     "fp8-block": FP8_BLOCK,
     "int8-group64": INT8_GROUP64,
     "e3m4-int8-group64": E3M4_INT8_GROUP64,
+    "int8-static": INT8_STATIC,
+    "int8-affine-static": INT8_AFFINE_STATIC,
+    "fp8-static": FP8_STATIC,
+    "fp8-cscale": FP8_CSCALE,
+    "w8a16": W8A16,
+    "w16a8": W16A8,
     **{f"{f.name.lower()}-dynamic": dynamic(f) for f in (formats.E5M2, formats.E3M4, formats.E2M5)},
     **{f"{f.name.lower()}-weight-only": weight_only(f) for f in (formats.E5M2, formats.E3M4, formats.E2M5)},
+    **{f"{f.name.lower()}-static": static(f) for f in (formats.E5M2, formats.E3M4, formats.E2M5)},
 }
 
 
@@ -102,6 +159,13 @@ def describe(scheme: Scheme) -> str:
             parts.append(f"{how.granularity.rows}×{how.granularity.cols}")
         elif not isinstance(how.granularity, PerChannel | PerToken):
             parts.append("tensor")
+        match how.scale:
+            case Static():
+                parts.append("static")
+            case Constant(value):
+                parts.append(f"scale {value:g}")
+        if getattr(how.scale, "power_of_two", False):
+            parts.append("power of two")
         if how.affine:
             parts.append("affine")
         return "/".join(parts)

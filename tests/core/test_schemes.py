@@ -1,6 +1,7 @@
 """Schemes: the named ones, the builders, and what cannot be."""
 
 import pytest
+import torch
 
 import octavo as ov
 from octavo import Cast, OctavoError, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, Scheme
@@ -12,6 +13,8 @@ def test_the_named_ones():
         *("int8-dynamic", "fp8-dynamic", "int8-weight-only", "fp8-weight-only", "fp8-block", "int8-group64"),
         *("e3m4-int8-group64", "e5m2-dynamic", "e3m4-dynamic", "e2m5-dynamic"),
         *("e5m2-weight-only", "e3m4-weight-only", "e2m5-weight-only"),
+        *("int8-static", "int8-affine-static", "fp8-static", "fp8-cscale", "w8a16", "w16a8"),
+        *("e5m2-static", "e3m4-static", "e2m5-static"),
     }
     assert ov.schemes.INT8_DYNAMIC == Scheme(Cast("INT8", PerChannel(0)), Cast("INT8", PerToken()))
     assert ov.schemes.FP8_DYNAMIC == Scheme(Cast("E4M3FN", PerChannel(0)), Cast("E4M3FN", PerToken()))
@@ -56,13 +59,28 @@ def test_builders():
         schemes.dynamic("int99")
 
 
+def test_static_schemes():
+    scheme = schemes.INT8_AFFINE_STATIC
+    assert scheme.static
+    assert scheme.input == Cast("UINT8", PerTensor(), ov.Static(), affine=True)
+    assert not schemes.FP8_CSCALE.static
+    assert schemes.FP8_CSCALE.input.scale == ov.Constant(0.25)
+    powers = schemes.static("e3m4", power_of_two=True)
+    assert powers.weight.scale == ov.Current(power_of_two=True)
+    assert schemes.describe(powers) == "E3M4/power of two × E3M4/tensor/static/power of two"
+    with pytest.raises(OctavoError, match="PerToken"):
+        Scheme(Cast("INT8"), Cast("INT8", PerToken(), ov.Static()))
+    with pytest.raises(OctavoError, match="calibration"):
+        ov.quantize(torch.ones(3), Cast("INT8", scale=ov.Static()))
+
+
 def test_impossible_schemes():
-    with pytest.raises(OctavoError, match="at most 8 bits"):
+    with pytest.raises(OctavoError, match="at most 8 bits on one side"):
         Scheme(Cast("FP16"))
-    with pytest.raises(OctavoError, match="at most 8 bits"):
-        Scheme(Cast("INT16"))
-    with pytest.raises(OctavoError, match="at most 8 bits"):
+    with pytest.raises(OctavoError, match="INT16 and FP16"):
+        Scheme(Cast("INT16"), Cast("FP16"))
+    with pytest.raises(OctavoError, match="leave a layer alone"):
         Scheme(None)
-    with pytest.raises(OctavoError, match="at most 16 bits, TF32 has 19"):
+    with pytest.raises(OctavoError, match="INT8 and TF32"):
         Scheme(Cast("INT8"), Cast("TF32"))
     assert Scheme(Cast("INT8"), Cast("FP16")).input.format is formats.FP16
