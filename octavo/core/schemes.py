@@ -79,11 +79,10 @@ def static(
     ``input`` defaults to the weight's format. ``affine`` gives integer inputs a zero point; ``power_of_two`` makes
     all scales powers of two.
     """
-    base = dynamic(weight, input, weight_group)
-    assert base.input is not None
+    base = weight_only(weight, weight_group).weight
     scale = Current(power_of_two=True) if power_of_two else Current()
-    how = Cast(base.input.format, PerTensor(), Static(power_of_two), affine=affine)
-    return Scheme(replace(base.weight, scale=scale), how)
+    how = Cast(formats.get(weight if input is None else input), PerTensor(), Static(power_of_two), affine=affine)
+    return Scheme(replace(base, scale=scale), how)
 
 
 def constant(fmt: Format | str, bias: int) -> Scheme:

@@ -202,7 +202,7 @@ def accumulate_mm_aligned(a: Tensor, b: Tensor, align: int, bits: int, promote: 
     (m, k), n = a.shape, b.shape[0]
     left, right = a.double().unbind(1), b.double().unbind(1)
     total = torch.zeros(m, n, dtype=torch.float32, device=a.device)
-    promote = promote or k
+    promote = promote or max(k, 1)
     for first in range(0, k, promote):
         partial = torch.zeros(m, n, dtype=torch.float64, device=a.device)
         end = min(first + promote, k)
