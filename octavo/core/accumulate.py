@@ -127,14 +127,15 @@ def sum_products(a: Tensor, b: Tensor, how: Accumulator, generator: torch.Genera
         raise OctavoError(f"sum_products takes float32 operands, not {a.dtype} and {b.dtype}; convert them first")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise OctavoError(f"sum_products takes [M, K] and [N, K], not {list(a.shape)} and {list(b.shape)}")
+    length = max(a.shape[1], 1)  # what is longer than K is as long as K
     if isinstance(how, Sequential | Chunked):
         grid, rounding = _grid(how.format), how.rounding
         seed = _seed(generator) if rounding == "stochastic" else 0
         if isinstance(how, Sequential):
             return ops.accumulate_mm(a, b, grid, rounding, seed=seed)
-        return ops.accumulate_mm(a, b, grid, rounding, how.chunk, _grid(how.outer or how.format), seed)
+        return ops.accumulate_mm(a, b, grid, rounding, min(how.chunk, length), _grid(how.outer or how.format), seed)
     if isinstance(how, TensorCore):
-        return ops.accumulate_mm_aligned(a, b, how.align, how.bits, how.promote or 0)
+        return ops.accumulate_mm_aligned(a, b, how.align, how.bits, min(how.promote or length, length))
     if isinstance(how, Integer):
         for x in (a, b):
             if not bool(((x == x.trunc()) & (x.abs() <= LARGEST_INTEGER)).all()):

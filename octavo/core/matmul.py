@@ -13,6 +13,7 @@ added in FP32. An operand left as it is has one scale, 1.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise, product
 from typing import Any, overload
 
@@ -72,8 +73,8 @@ def _matmul(
     shape = (*batch, a.shape[-2], b.shape[-1])
     if len(b.shape) == 2:
         rows = a if len(a.shape) == 2 else _rows(a)
-        return _product(rows, b.mT, how, generator).view(shape).to(dtype)
-    result = torch.empty(shape, device=a.device)
+        return _product(rows, b.mT, how, generator).reshape(shape).to(dtype)
+    result = torch.empty(shape, dtype=torch.float32, device=a.device)
     for place, x, y in zip(_places(batch), _batches(a, batch), _batches(b, batch), strict=True):
         result[place] = _product(x, y.mT, how, generator)
     return result.to(dtype)
@@ -125,15 +126,21 @@ class _StraightThrough(torch.autograd.Function):
         g = gradient.to(work)
         a, b = (_dense(t if q is None else q, work) for t, q in zip(ctx.saved_tensors, ctx.quantized, strict=True))
         grads: list[Tensor | None] = [None] * 7
-        if ctx.needs_input_grad[0]:
-            shape, dtype = ctx.like[0]
-            grads[0] = (g @ b.mT).sum_to_size(shape).to(dtype)
-        if ctx.needs_input_grad[1]:
-            shape, dtype = ctx.like[1]
-            if len(shape) == 2 and a.dim() > 2:  # one product instead of a batch of them and its sum
-                a, g = a.expand(*g.shape[:-2], *a.shape[-2:]).flatten(0, -2), g.flatten(0, -2)
-            grads[1] = (a.mT @ g).sum_to_size(shape).to(dtype)
+        with _full_precision(g.device.type):
+            if ctx.needs_input_grad[0]:
+                shape, dtype = ctx.like[0]
+                grads[0] = (g @ b.mT).sum_to_size(shape).to(dtype)
+            if ctx.needs_input_grad[1]:
+                shape, dtype = ctx.like[1]
+                if len(shape) == 2 and a.dim() > 2:  # one product instead of a batch of them and its sum
+                    a, g = a.expand(*g.shape[:-2], *a.shape[-2:]).flatten(0, -2), g.flatten(0, -2)
+                grads[1] = (a.mT @ g).sum_to_size(shape).to(dtype)
         return tuple(grads)
+
+
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """Autocast, which would round the operands of a product to 16 bits, is off within."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _operand(

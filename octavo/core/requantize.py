@@ -13,12 +13,14 @@ M ≥ 1 shifts x left first, saturating. The roundings are those of gemmlowp's `
 import torch
 from torch import Tensor
 
+from octavo.core import formats
 from octavo.core.formats import INT8, IntegerFormat
 from octavo.core.matmul import LONGEST, column, integer_sums, signed_codes
 from octavo.core.qtensor import QTensor
 from octavo.errors import OctavoError
 
 INT32_MIN, INT32_MAX = -(1 << 31), (1 << 31) - 1
+LEAST_SHIFT, MOST_SHIFT = -31, 30  # what fixed_point gives, and what 32-bit registers can be shifted by
 
 
 def fixed_point(real: "float | Tensor") -> tuple[Tensor, Tensor]:
@@ -67,23 +69,44 @@ def multiply_fixed_point(x: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor
 
 
 def requantize(
-    total: Tensor, multiplier: Tensor, shift: Tensor, zero_point: "int | Tensor" = 0, fmt: IntegerFormat = INT8
+    total: Tensor, multiplier: Tensor, shift: Tensor, zero_point: "int | Tensor" = 0, fmt: "IntegerFormat | str" = INT8
 ) -> Tensor:
     """int32 sums of any shape as codes of ``fmt``: times the fixed-point multiplier, plus the zero point, clamped.
 
     ``multiplier`` and ``shift`` (from ``fixed_point``) and ``zero_point`` broadcast against ``total``: a scalar for one
-    scale, [N] for one a channel of a result [M, N]. Raises ``OctavoError`` if ``total`` is not integers of 32 bits.
+    scale, [N] for one a channel of a result [M, N]. Raises ``OctavoError`` for what is not integers of 32 bits, and for
+    shifts beyond −31 … 30.
     """
+    fmt = _integer_format(fmt)
     if total.dtype not in (torch.int32, torch.int16, torch.int8, torch.int64):
         raise OctavoError(f"requantize takes int32 sums, not {total.dtype}")
-    if (
-        total.dtype == torch.int64
-        and total.numel()
-        and not INT32_MIN <= int(total.min()) <= int(total.max()) <= INT32_MAX
-    ):
+    if not _within(total, INT32_MIN, INT32_MAX):
         raise OctavoError("these sums do not fit 32 bits; integer-only requantization starts from an int32 accumulator")
-    scaled = multiply_fixed_point(total, multiplier, shift) + zero_point
+    multiplier, shift = _integers(multiplier, "multipliers"), _integers(shift, "shifts")
+    if not (_within(multiplier, INT32_MIN, INT32_MAX) and _within(shift, LEAST_SHIFT, MOST_SHIFT)):
+        raise OctavoError(
+            f"multipliers have 32 bits, shifts lie between {LEAST_SHIFT} and {MOST_SHIFT}; see fixed_point"
+        )
+    scaled = multiply_fixed_point(total, multiplier, shift) + _integers(zero_point, "zero points")
     return scaled.clamp(fmt.low, fmt.high).to(fmt.code_dtype)
+
+
+def _integers(x: "int | Tensor", what: str) -> Tensor:
+    x = torch.as_tensor(x)
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise OctavoError(f"{what} are integers, not {x.dtype}")
+    return x
+
+
+def _within(x: Tensor, low: int, high: int) -> bool:
+    return x.numel() == 0 or low <= int(x.min()) <= int(x.max()) <= high
+
+
+def _integer_format(fmt: "IntegerFormat | str") -> IntegerFormat:
+    found = formats.get(fmt)
+    if not isinstance(found, IntegerFormat):
+        raise OctavoError(f"integer-only arithmetic ends in an integer format, not {found.name}")
+    return found
 
 
 def integer_matmul(
@@ -91,22 +114,29 @@ def integer_matmul(
     b: QTensor,
     scale: "float | Tensor",
     zero_point: "int | Tensor" = 0,
-    fmt: IntegerFormat = INT8,
+    fmt: "IntegerFormat | str" = INT8,
     bias: Tensor | None = None,
 ) -> QTensor:
     """``a @ b.T + bias`` from codes to codes without a float in between: a [M, K], b [N, K], the result [M, N].
 
     ``scale`` and ``zero_point`` are the result's, one for all. Sums carry the zero points' corrections,
     ``Σxw − zΣw − uΣx + Kzu``. ``bias`` [N] is int32 in units of ``scale_a · scale_b``. Multipliers are made of the
-    scales in float64, ahead of any data. Raises ``OctavoError`` for float operands, for scales that vary along K, and
-    for sums beyond int32.
+    scales in float64, ahead of any data. Raises ``OctavoError`` for float operands or bias, for scales that vary along
+    K, and for sums beyond int32.
     """
-    if not all(isinstance(q.format, IntegerFormat) and q.format.bits <= 8 for q in (a, b)):
-        raise OctavoError(f"integer-only arithmetic takes integers of 8 bits, not {a.format.name} and {b.format.name}")
+    fmt = _integer_format(fmt)
+    if not all(isinstance(q, QTensor) and isinstance(q.format, IntegerFormat) and q.format.bits <= 8 for q in (a, b)):
+        names = [q.format.name if isinstance(q, QTensor) else type(q).__name__ for q in (a, b)]
+        raise OctavoError(f"integer-only arithmetic takes QTensors of 8-bit integers, not {' and '.join(names)}")
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
         raise OctavoError(f"integer_matmul takes [M, K] and [N, K], not {list(a.shape)} and {list(b.shape)}")
     if a.scale.shape[1] != 1 or b.scale.shape[1] != 1:
         raise OctavoError("integer_matmul needs scales that do not vary along K: per tensor, channel or token")
+    unit, zero = torch.as_tensor(scale, dtype=torch.float64), _integers(zero_point, "zero points")
+    if unit.numel() != 1 or zero.numel() != 1:
+        raise OctavoError("integer_matmul gives its result one scale and one zero point")
+    if bias is not None and (tuple(bias.shape) != (b.shape[0],) or bias.dtype != torch.int32):
+        raise OctavoError(f"the bias is int32 [{b.shape[0]}], not {bias.dtype} {list(bias.shape)}")
     (x, zx), (w, zw) = signed_codes(a), signed_codes(b)
     zx, zw = column(zx, a, 0), column(zw, b, 0)
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int64, device=a.device)
@@ -116,8 +146,6 @@ def integer_matmul(
     if bias is not None:
         total += bias.long()
     worth = column(a.scale, a, 0).double() * column(b.scale, b, 0).double().mT
-    worth = worth / torch.as_tensor(scale, dtype=torch.float64)
-    codes = requantize(total, *fixed_point(worth), zero_point, fmt)
-    one = torch.as_tensor(scale, dtype=torch.float32).reshape(1, 1)
-    zero = torch.as_tensor(zero_point, dtype=torch.int32).reshape(1, 1)
-    return QTensor(codes, one, zero if int(zero) else None, fmt, tuple(codes.shape), a.dtype)
+    codes = requantize(total, *fixed_point(worth / unit.reshape(())), zero.reshape(()), fmt)
+    offset = zero.int().reshape(1, 1) if int(zero) else None
+    return QTensor(codes, unit.float().reshape(1, 1), offset, fmt, tuple(codes.shape), a.dtype)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.ops import reference
 from octavo.ops.schema import LIBRARY
 
 
@@ -20,8 +21,9 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 def float_mm(a: Tensor, b: Tensor) -> Tensor:
     """BF16 on cuBLAS with an FP32 result; float32 operands multiply as they are."""
     if a.dtype == b.dtype == torch.bfloat16 and 0 not in (*a.shape, *b.shape):
-        return torch.mm(a, b.mT, out_dtype=torch.float32)
-    return a.float() @ b.float().mT
+        with torch.autocast("cuda", enabled=False):  # which may be one to float16
+            return torch.mm(a, b.mT, out_dtype=torch.float32)
+    return reference.float_mm(a, b)
 
 
 for _op in (int_mm, float_mm):

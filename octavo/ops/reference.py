@@ -119,7 +119,8 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 def float_mm(a: Tensor, b: Tensor) -> Tensor:
     """FP32 matmul of the same values; see ``schema.float_mm``."""
-    return a.float() @ b.float().mT
+    with torch.autocast(a.device.type, enabled=False):  # which would round to bfloat16
+        return a.float() @ b.float().mT
 
 
 def odd_sum(x: Tensor, y: Tensor) -> Tensor:

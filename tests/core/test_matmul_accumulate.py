@@ -198,3 +198,79 @@ def test_nan_and_infinity_come_through(how):
     assert (result[2, [0, 2, 3]] == -math.inf).all()
     cast = ov.matmul(a, b, ov.Cast("E4M3FN", ov.PerToken()), E4, how)
     assert cast.isnan().all()  # a block with NaN or Inf has no scale: none of its values passes as a number
+
+
+@pytest.mark.parametrize("shapes", [((3, 2, 4, 8), (8, 5)), ((3, 1, 4, 8), (2, 8, 5)), ((2, 4, 8), (3, 1, 8, 5))])
+@pytest.mark.parametrize("affine", [False, True])
+def test_batches_of_every_granularity(shapes, affine, generator):
+    """Scales that are powers of two and sums of integers: float64 says exactly what every element is."""
+    grains = [ov.PerTensor(), ov.PerToken(), ov.PerChannel(0), ov.PerChannel(-1), ov.PerGroup(3), ov.PerBlock(3, 5)]
+    a, b = (torch.randn(s, generator=generator) for s in shapes)
+    for left in grains:
+        for right in grains:
+            lhs, rhs = (ov.Cast("INT8", g, ov.Current(power_of_two=True), affine=affine) for g in (left, right))
+            x, w = ov.quantize(a, lhs), ov.quantize(b, rhs)
+            exact = x.dequantize(torch.float64) @ w.dequantize(torch.float64)
+            for how in (Integer(), TensorCore(bits=32), Sequential("TF32"), FP32):
+                tolerance = 1e-2 if isinstance(how, Sequential) else 1e-6
+                assert torch.allclose(ov.matmul(x, w, accumulate=how).double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_broadcast_operands_are_not_copied(monkeypatch):
+    """What a kernel is given are views of what is there, however often it is given."""
+    from octavo.core import matmul
+
+    a, b, seen = torch.ones(3, 1, 1, 8), torch.ones(2, 8, 5), set()
+    real = matmul.sum_products
+
+    def spy(x, w, *rest):
+        seen.update((x.data_ptr(), w.data_ptr()))
+        return real(x, w, *rest)
+
+    monkeypatch.setattr(matmul, "sum_products", spy)
+    assert torch.equal(ov.matmul(a, b, accumulate=TensorCore()), torch.full((3, 2, 1, 5), 8.0))
+    assert seen == {x.data_ptr() for x in (*a, *b)}
+
+
+def test_what_is_longer_than_k(generator):
+    a, b = pair(generator)
+    for short, long in ((Chunked("FP16", 200), Chunked("FP16", 2**70)), (TensorCore(), TensorCore(promote=2**70))):
+        expected = ov.matmul(a, b, accumulate=short if short != TensorCore() else TensorCore(promote=None))
+        assert torch.equal(ov.matmul(a, b, accumulate=long), expected)
+
+
+@pytest.mark.parametrize("wrong", ["E4M3FN", ov.formats.E4M3FN])
+def test_casts_and_operands_are_named(wrong):
+    x = torch.ones(2, 2)
+    with pytest.raises(OctavoError, match="lhs and rhs are Casts"):
+        ov.matmul(x, x, wrong)
+    with pytest.raises(OctavoError, match="tensors and QTensors, not ndarray"):
+        ov.matmul(x.numpy(), x)
+
+
+def test_autocast_changes_no_bit(generator, monkeypatch):
+    """Neither the sums, which are FP32, nor the gradients; with kernels and by the law."""
+    from octavo.ops import native
+
+    a, b = pair(generator)
+
+    def both(fmt, how):
+        x = a.clone().requires_grad_()
+        y = ov.matmul(x, b, ov.Cast(fmt), ov.Cast(fmt), how)
+        y.sum().backward()
+        return y.detach(), x.grad
+
+    for library in (native.library, lambda name="native": None):
+        monkeypatch.setattr(native, "library", library)
+        for how in (FP32, IBM, TensorCore()):
+            for fmt in ("FP16", "E4M3FN", "INT8"):
+                plain = both(fmt, how)
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    within = both(fmt, how)
+                assert all(torch.equal(*same) for same in zip(plain, within, strict=True))
+
+
+def test_shapes_alone(generator):
+    x = torch.ones(3, 4, device="meta", requires_grad=True)
+    ov.matmul(x, x.mT).sum().backward()
+    assert x.grad.shape == (3, 4)

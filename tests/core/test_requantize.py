@@ -164,3 +164,40 @@ def test_integer_matmul_refuses(generator):
 def test_zero_k():
     q = ov.quantize(torch.ones(2, 0), ov.Cast("INT8"))
     assert integer_matmul(q, q, 1.0, 5).codes.tolist() == [[5, 5], [5, 5]]
+
+
+def test_requantize_refuses_what_registers_cannot_do():
+    """A shift of 64 once came back as another number."""
+    total, multiplier, shift = t(100), t(2**30), t(0)
+    for bad in (-100, -32, 31, 64):
+        with pytest.raises(OctavoError, match="shifts lie between -31 and 30"):
+            requantize(total, multiplier, t(bad))
+    for arguments, says in (
+        ((torch.tensor([2**40]), shift), "32 bits"),
+        ((multiplier, shift, 2.5), "zero points are integers"),
+        ((multiplier, shift.float()), "shifts are integers"),
+        ((multiplier, shift, 0, "E4M3FN"), "integer format"),
+    ):
+        with pytest.raises(OctavoError, match=says):
+            requantize(total, *arguments)
+    assert requantize(total, 2**30, 0, 1, "UINT8").tolist() == [51]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"scale": torch.ones(4)}, "one scale"),
+        ({"scale": 0.0}, "multipliers"),
+        ({"zero_point": torch.tensor([1, 2])}, "one zero point"),
+        ({"zero_point": 1.5}, "zero points are integers"),
+        ({"fmt": "FP16"}, "integer format"),
+        ({"bias": torch.ones(4)}, r"int32 \[4\]"),
+        ({"bias": torch.ones(3, dtype=torch.int32)}, r"int32 \[4\]"),
+        ({"bias": torch.ones(4, 1, dtype=torch.int32)}, r"int32 \[4\]"),
+        ({"a": torch.ones(4, 32)}, "QTensors"),
+    ],
+)
+def test_integer_matmul_refuses_by_name(wrong, says):
+    q = ov.quantize(torch.ones(4, 32), ov.Cast("INT8"))
+    with pytest.raises(OctavoError, match=says):
+        integer_matmul(**{"a": q, "b": q, "scale": 0.1, **wrong})

@@ -264,13 +264,16 @@ def test_shapes(shape, generator):
         law = reference.accumulate_mm(a, b, *grid, 3, *grid, rounding, 9)
         same(ops.accumulate_mm(a, b, grid, rounding, 3, seed=9), law)
         same(ops.accumulate_mm(a.T.contiguous().T, b, grid, rounding, 3, seed=9), law)
-    same(ops.accumulate_mm_aligned(a, b, 4, 14, 6), reference.accumulate_mm_aligned(a, b, 4, 14, 6))
     x, y = (a * 9).round(), (b * 9).round()
     for saturate in (False, True):
         law = reference.accumulate_mm_integer(x, y, 7, saturate)
         assert torch.equal(ops.accumulate_mm_integer(x, y, 7, saturate), law)
+    for promote in (0, 6):
+        law = reference.accumulate_mm_aligned(a, b, 4, 14, promote)
+        same(ops.accumulate_mm_aligned(a, b, 4, 14, promote), law)
     if k == 0:
         assert not ops.accumulate_mm(a, b, grid).any()
+        assert not law.any()
 
 
 def test_threads_and_modes_change_nothing(generator):
