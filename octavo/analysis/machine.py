@@ -30,6 +30,9 @@ CPU_UNITS = (
 )
 ARM = ("asimddp", "i8mm", "bf16")
 
+#: The products that ``examine`` measures.
+COMMON = ("FP32", "BF16", "INT8 → INT32", "FP8 → FP32, ours", "FP8, torch._scaled_mm")
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -66,7 +69,7 @@ class Machine:
 
 def examine(rows: tuple[int, ...] = (1, 512), size: int = 1024, repeats: int = 7) -> Machine:
     """Look at this machine, and measure: a few seconds."""
-    flags = _cpu_flags()
+    flags = cpu_flags()
     arm = "asimd" in flags
     units = [Unit(name, serves, flag in flags) for flag, name, serves in CPU_UNITS if (flag in ARM) == arm]
     device = "none"
@@ -75,38 +78,61 @@ def examine(rows: tuple[int, ...] = (1, 512), size: int = 1024, repeats: int = 7
         device = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
         units.append(Unit("CUDA INT8 tensor cores", "INT8 matmuls", (major, minor) >= (7, 5)))
         units.append(Unit("CUDA FP8 tensor cores", "E4M3 and E5M2 matmuls", (major, minor) >= (8, 9)))
-    measured = [rate for m in rows for rate in _rates(m, size, repeats)]
+    measured = [rate for m in rows for rate in measure(m, size, repeats)]
     return Machine(_processor(), torch.get_num_threads(), torch.__version__, device, native.status(), units, measured)
 
 
-def _rates(rows: int, size: int, repeats: int) -> list[Rate]:
+def measure(rows: int, size: int, repeats: int, device: str = "cpu", wanted: tuple[str, ...] = COMMON) -> list[Rate]:
+    """Rates of the wanted products, less those that torch refuses on this device."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, size, generator=generator)
-    w = torch.randn(size, size, generator=generator)
-    x16, w16 = x.bfloat16(), w.bfloat16()
-    x8, w8 = (torch.randint(-127, 128, t.shape, dtype=torch.int8, generator=generator) for t in (x, w))
-    f8, g8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
-    one = torch.ones(())
+    x = torch.randn(rows, size, generator=generator).to(device)
+    w = torch.randn(size, size, generator=generator).to(device)
+    x16, w16, xh, wh = x.bfloat16(), w.bfloat16(), x.half(), w.half()
+    x8, w8 = (torch.randint(-127, 128, t.shape, dtype=torch.int8, generator=generator).to(device) for t in (x, w))
+    one = torch.ones((), device=device)
+
+    def scaled(left: torch.dtype, right: torch.dtype) -> Callable[[], object]:
+        a, b = x.to(left), w.to(right)
+        return lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)
+
+    fn, fnuz = torch.float8_e4m3fn, torch.float8_e4m3fnuz
     runs: dict[str, Callable[[], object]] = {
         "FP32": lambda: x @ w.T,
+        "FP16": lambda: xh @ wh.T,
         "BF16": lambda: x16 @ w16.T,
         "INT8 → INT32": lambda: ops.int_mm(x8, w8),
         "FP8 → FP32, ours": lambda: ops.float_mm(x16, w16),
-        "FP8, torch._scaled_mm": lambda: torch._scaled_mm(f8, g8.T, one, one, out_dtype=torch.bfloat16),
+        "FP8, torch._scaled_mm": scaled(fn, fn),
+        "E5M2, torch._scaled_mm": scaled(fn, torch.float8_e5m2),  # CUDA refuses two in E5M2
+        "E4M3FNUZ, torch._scaled_mm": scaled(fnuz, fnuz),
     }
+    runs = {name: run for name, run in runs.items() if name in {"FP32", *wanted} and _works(run)}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, run in runs.items():
             started = time.perf_counter()
             run()
-            if turn:  # the first one warms up
-                seconds[name].append(time.perf_counter() - started)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
     work = 2e-9 * rows * size * size
     rate = {name: work / statistics.median(times) for name, times in seconds.items()}
-    return [Rate(name, rows, size, value, value / rate["FP32"]) for name, value in rate.items()]
+    return [Rate(name, rows, size, value, value / rate["FP32"]) for name, value in rate.items() if name in wanted]
 
 
-def _cpu_flags() -> set[str]:
+def _works(run: Callable[[], object]) -> bool:
+    """Warms up, and finds out."""
+    try:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def cpu_flags() -> set[str]:
+    """What the first processor in /proc/cpuinfo can do; empty where there is no such file."""
     try:
         with open("/proc/cpuinfo", encoding="utf8") as file:
             lines = [line for line in file if line.lower().startswith(("flags", "features"))]

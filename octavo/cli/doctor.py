@@ -15,10 +15,13 @@ HELP = (
     "what this machine is good at, and what is missing",
     """\
 Shows versions and the processor's units for small numbers, measures matrix products in each
-number format, and says in words which 8-bit format this machine makes faster. Takes some seconds.""",
+number format, and says in words which 8-bit format this machine makes faster. Takes some seconds.
+With --matrix: which formats which hardware and software accelerate, with sources, and this
+machine's row measured.""",
     """\
-example:
-  octavo doctor --quick""",
+examples:
+  octavo doctor --quick
+  octavo doctor --matrix""",
 )
 #: Package, what it is for, what installs it.
 PACKAGES = (
@@ -39,10 +42,14 @@ NEAR = 0.15  # rates closer than this count as equal
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--quick", action="store_true", help="measure less: faster, and less exact")
+    parser.add_argument("--matrix", action="store_true", help="which hardware and software runs which format")
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> None:
     """Look, measure, judge."""
+    if arguments.matrix:
+        _matrix(arguments, screen)
+        return
     from octavo.analysis import machine
 
     with screen.phase("measure", "measuring matrix products"):
@@ -54,6 +61,16 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
     _say(screen, found, versions, missing, words)
     document = {"python": platform.python_version(), "versions": versions, **asdict(found)}
     screen.result({**document, "missing": missing, "verdict": words})
+
+
+def _matrix(arguments: argparse.Namespace, screen: Screen) -> None:
+    from octavo.analysis import support
+    from octavo.cli import matrix
+
+    with screen.phase("measure", "measuring matrix products"):
+        here = support.measure(3 if arguments.quick else 7)
+    matrix.show(screen, support.load(), here)
+    screen.result(matrix.document(support.load(), here))
 
 
 def verdict(found: "Machine") -> list[str]:

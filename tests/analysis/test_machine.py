@@ -32,12 +32,12 @@ def test_examine():
 
 
 def test_units_are_what_the_processor_says(monkeypatch):
-    monkeypatch.setattr(machine, "_cpu_flags", lambda: {"avx512_vnni", "amx_int8", "bf16"})
-    monkeypatch.setattr(machine, "_rates", lambda *_: [])
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512_vnni", "amx_int8", "bf16"})
+    monkeypatch.setattr(machine, "measure", lambda *_: [])
     present = {unit.name for unit in machine.examine().units if unit.present}
     assert {"AVX512-VNNI", "AMX-INT8"} <= present
     assert not any("BF16" in name for name in present)
-    monkeypatch.setattr(machine, "_cpu_flags", lambda: {"asimd", "bf16", "i8mm"})
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"asimd", "bf16", "i8mm"})
     present = {unit.name for unit in machine.examine().units if unit.present and "CUDA" not in unit.name}
     assert present == {"Arm BF16", "Arm I8MM"}
 
@@ -47,5 +47,5 @@ def test_a_machine_without_proc(monkeypatch):
         raise OSError
 
     monkeypatch.setattr("builtins.open", fail)
-    assert machine._cpu_flags() == set()
+    assert machine.cpu_flags() == set()
     assert "cores" in machine._processor()
