@@ -53,15 +53,16 @@ def run(
     x = [crests[0] * (crests[1] / crests[0]) ** (i / (points - 1)) for i in range(points)]
     curves = {name: [sqnr(bulk, fmt, c) for c in x] for name, fmt in track(list(formats.items()), "formats")}
     values, rows = {}, []
-    for name in flat:
+    for name in (name for name in flat if name in formats):
         some = [y for c, y in zip(x, curves[name], strict=True) if flat_between[0] <= c <= flat_between[1]]
-        values |= {f"{name} level": sum(some) / len(some), f"{name} ripple": max(some) - min(some)}
+        if some:
+            values |= {f"{name} level": sum(some) / len(some), f"{name} ripple": max(some) - min(some)}
     for name, fmt in formats.items():
-        if name != integer:
+        if integer in formats and name != integer:
             values[f"{integer} = {name}"] = crossover(bulk, formats[integer], fmt)
             rows.append((name, values[f"{integer} = {name}"]))
     shown = (3, 4, 6, 8, 12, 16, 24, 48, 100, 300)
-    marks = tuple((values[f"{integer} = {n}"], f"{n} overtakes") for n in ("E3M4", "E4M3", "E5M2") if n in formats)
+    marks = tuple((crest, f"{name} overtakes") for name, crest in rows if name in ("E3M4", "E4M3", "E5M2"))
     return Result(
         values,
         tables=[

@@ -102,7 +102,8 @@ def run(
     names = list(ways)
     if len(names) > 1:
         one, other = names[:2]
-        values["communication saved"] = 100 * (1 - values[f"{other}: sent, GiB"] / values[f"{one}: sent, GiB"])
+        if values[f"{one}: sent, GiB"]:
+            values["communication saved"] = 100 * (1 - values[f"{other}: sent, GiB"] / values[f"{one}: sent, GiB"])
         values["states saved, GiB"] = values[f"{one}: states, GiB"] - values[f"{other}: states, GiB"]
     columns = ("master", "gradient", "first moment", "second moment")
     return Result(

@@ -43,8 +43,9 @@ def run(
 ) -> Result:
     """The mean relative error against length, bits and the distance between promotions."""
     if quick:
-        rows, length = 8, 1024
-        lengths, bits_tried, promotions = (256, 1024), (12, 14, 16), (128, 512)
+        rows, length = min(rows, 8), min(length, 1024)
+        lengths = [n for n in lengths if n <= 1024] or [min(lengths)]
+        bits_tried, promotions = bits_tried[::2], promotions[::2]
     generator = torch.Generator().manual_seed(seed)
     longest = max(*lengths, length)
     a, b = data(rows, longest, generator), data(rows, longest, generator)

@@ -64,7 +64,7 @@ def run(
     batch=500,
 ) -> Result:
     """Signal to noise for every correlation, way and chunk; distributions of the error for every length."""
-    trials = 250 if quick else trials
+    trials = min(trials, 250) if quick else trials
     generator = torch.Generator().manual_seed(seed)
     values, rows, curves = {}, [], {way: [] for way in ways}
     for rho in track(list(correlations), "correlations"):
@@ -83,7 +83,7 @@ def run(
             name = f"ρ={rho:g}, chunk {c or WHOLE}: {w}"
             values |= {name: median, f"{name}, powers": ratio}
             rows.append((rho, str(c or WHOLE), w, median, ratio, 100 * bias))
-            if c is None:
+            if c == chunks[0]:
                 curves[w].append(median)
     if {"INT8 rounded", "INT8 truncated", "FP8"} <= set(ways) and None in chunks:
         name = f"ρ={correlations[-1]:g}, chunk {WHOLE}: "

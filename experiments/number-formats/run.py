@@ -52,6 +52,7 @@ def run(
     draws=200_000,
 ) -> Result:
     """Limits and gaps of ``formats``; ``sums`` in the format ``example``."""
+    formats, example = [F.get(fmt) for fmt in formats], F.get(example)
     values, limits, gaps = {}, [], {}
     for fmt in track(list(formats), "formats"):
         count = len(fmt.values())

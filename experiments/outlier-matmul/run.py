@@ -66,7 +66,8 @@ def run(
     data=outliers,
 ) -> Result:
     """The signal to noise of each way against the float64 product: mean and range over ``repeats`` seeds."""
-    shape, repeats = ((128, 512, 256), 2) if quick else (shape, repeats)
+    if quick:
+        shape, repeats = tuple(map(min, shape, (128, 512, 256))), min(repeats, 2)
     found = {name: [] for name in (*plain, "LLM.int8()")}
     curves = {name: [] for name in smooth}
     for repeat in track(list(range(repeats)), "repeats"):
@@ -85,7 +86,7 @@ def run(
         values[f"{name}: best α"] = alphas[best]
         values |= {f"{name} at α = {a:g}, dB": float(bands[name][:, i].mean()) for i, a in enumerate(alphas)}
     values |= {f"{name}, dB": sum(some) / len(some) for name, some in found.items()}
-    order = (*plain, next(iter(smooth)), "LLM.int8()")
+    order = (*plain, *list(smooth)[:1], "LLM.int8()")
     rises = [values[f"{b}, dB"] - values[f"{a}, dB"] for a, b in zip(order, order[1:], strict=False)]
     values["steps of the order that rise"] = sum(rise > 0 for rise in rises)
     shown = (*plain, *smooth, "LLM.int8()")

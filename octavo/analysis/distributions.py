@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.core import formats
 from octavo.core.formats import Format, IntegerFormat
 from octavo.errors import OctavoError
 
@@ -42,6 +43,15 @@ class Distribution:
     def __post_init__(self) -> None:
         if not (self.low < self.high and self.scale > 0):
             raise OctavoError(f"distribution {self.name!r}: it needs low < high and a positive scale")
+        some = np.clip(self.location + self.scale * np.linspace(-8, 8, 65), self.low, self.high)
+        try:
+            found = np.asarray(self.density(some))
+        except Exception as error:  # anybody's function
+            raise OctavoError(f"distribution {self.name!r}: its density fails on an array: {error}") from error
+        if found.shape != some.shape or (found < 0).any():
+            raise OctavoError(
+                f"distribution {self.name!r}: a density takes an array and gives one like it, not below 0"
+            )
         near, far = np.arange(0, 8, 0.25), 8 * 2.0 ** np.arange(0, math.log2(FARTHEST), 0.25)
         far = far[: 4 * 20] if self._light() else np.concatenate([far[:80], far[80::4]])
         out = np.concatenate([near, far]) * self.scale
@@ -79,9 +89,14 @@ class Distribution:
 
     @property
     def std(self) -> float:
-        """The standard deviation."""
+        """The standard deviation. Raises ``OctavoError`` if it is infinite."""
         mean = self.mean
-        return math.sqrt(self.expect(lambda x: (x - mean) ** 2))
+        pieces = self._integrate(self.knots, lambda x, _: np.square(x - mean))
+        variance = float(pieces.sum())
+        ends = (pieces[0] * math.isinf(self.low), pieces[-1] * math.isinf(self.high))
+        if not max(ends) <= 1e-3 * variance < math.inf:  # what lies farther out would still count
+            raise OctavoError(f"distribution {self.name!r} has no variance; truncate it with low and high")
+        return math.sqrt(variance)
 
     def mse(self, values: Array) -> float:
         """The mean squared error of rounding to the nearest of ``values`` (ascending)."""
@@ -155,8 +170,9 @@ def student_t(nu: float = 3.0, low: float = -math.inf, high: float = math.inf) -
     )
 
 
-def grid_of(fmt: Format) -> Array:
+def grid_of(fmt: "Format | str") -> Array:
     """The numbers of a format, symmetric, scaled so that the largest is 1: multiply by the clip."""
+    fmt = formats.get(fmt)
     values: Array = fmt.values().numpy()
     top = min(fmt.max, -fmt.min) if isinstance(fmt, IntegerFormat) and fmt.signed else fmt.max
     values = values[np.abs(values) <= top] / top

@@ -18,6 +18,7 @@ import math
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,7 +215,15 @@ class Experiment:
                 f"experiment {self.name} has no parameter {sorted(unknown)[0]!r}; it has {', '.join(self.parameters)}"
             )
         started = time.perf_counter()
-        result = self.function(quick=quick, seed=seed, track=track, **parameters)
+        try:
+            result = self.function(quick=quick, seed=seed, track=track, **parameters)
+        except OctavoError:
+            raise
+        except Exception as error:  # whoever changed a line wants to know which
+            file = str(self.folder / "run.py")
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+            where = f", line {lines[-1]}" if lines else ""
+            raise OctavoError(f"{file}{where}: {type(error).__name__}: {error}") from error
         seconds = time.perf_counter() - started
         if not isinstance(result, Result):
             raise OctavoError(f"{self.folder / 'run.py'}: run() must return a Result, not {type(result).__name__}")

@@ -33,7 +33,7 @@ COLOURS = {"pass": "green", "MISS": "bold red"}
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("what", choices=("list", "run"), nargs="?", default="list", help="(default: list)")
+    parser.add_argument("what", metavar="{list,run}", nargs="?", default="list", help="(default: list)")
     parser.add_argument("names", metavar="NAME", nargs="*", help="what to run: names from the list, or 'all'")
     parser.add_argument("--quick", action="store_true", help="smaller samples; targets that need more are left out")
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of every random number (default: 0)")
@@ -52,6 +52,9 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
     known = experiment.names(folder)
     if not known:
         raise OctavoError(f"there are no experiments in {folder}; a folder of them holds NAME/run.py")
+    if arguments.what not in ("list", "run"):
+        hint = f"; to run it: octavo experiment run {arguments.what}" if arguments.what in (*known, "all") else ""
+        raise OctavoError(f"`octavo experiment` takes list or run, not {arguments.what!r}{hint}")
     if arguments.what == "list":
         if arguments.names:
             raise OctavoError(f"`list` takes no names; to run it: octavo experiment run {arguments.names[0]}")

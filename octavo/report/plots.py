@@ -137,6 +137,6 @@ def _strokes(axes: "Axes", plot: Plot, theme: Theme) -> None:
 def _legend(figure: "Figure", axes: "Axes", plot: Plot) -> None:
     if plot.kind == "strokes" or (len(plot.series) == 1 and not plot.series[0].label):
         return
-    widest = max(len(series.label) for series in plot.series)
+    widest = max((len(series.label) for series in plot.series), default=0)
     columns = max(1, min(len(plot.series), LINE // (widest + 8)))
     figure.legend(*axes.get_legend_handles_labels(), fontsize=8.5, frameon=False, ncols=columns, loc=BELOW)

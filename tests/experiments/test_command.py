@@ -66,7 +66,8 @@ def test_run_all_writes_the_results_page(make, tmp_path, capsys):
         (["run", "small-one", "--seed", "x"], "a seed is an integer"),
         (["run", "small-one", "--seed", "-1"], "a seed lies between"),
         (["run", "small-one", "--quik"], "did you mean --quick?"),
-        (["walk"], "invalid choice"),
+        (["walk"], "takes list or run, not 'walk'"),
+        (["small-one"], "to run it: octavo experiment run small-one"),
     ],
 )
 def test_bad_words(make, capsys, words, why):

@@ -116,6 +116,10 @@ def test_a_density_of_your_own():
         lambda: d.uniform(1, 1),
         lambda: d.Distribution("nothing", np.zeros_like, 0, 1),
         lambda: d.Distribution("broken", lambda x: x * np.nan, 0, 1),
+        lambda: d.Distribution("one number", lambda x: 1.0),
+        lambda: d.Distribution("of one number", lambda x: math.exp(-x * x)),
+        lambda: d.Distribution("below zero", np.sin, 0, 7),
+        lambda: d.Distribution("Cauchy", lambda x: 1 / (1 + x * x)).std,
     ],
 )
 def test_what_cannot_be(make):

@@ -51,6 +51,45 @@ def test_another_seed_is_another_run_and_the_same_seed_the_same():
     assert values[0] == values[1] != values[2]
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "value"),
+    [
+        ("swamping", {"lengths": [10_000]}, "length 10000: no chunk"),
+        ("swamping", {"accumulator": "BF16", "formats": ("FP16",), "chunks": ()}, "length 256: FP16 accumulator"),
+        ("int8-vs-fp8-dot-products", {"chunks": (64, 9999), "length": 100}, "ρ=0.1, chunk 9999: FP8"),
+        ("crest-factor", {"formats": {"INT8": F.INT8, "E2M1": "E2M1"}}, "INT8 = E2M1"),
+        ("crest-factor", {"integer": "INT4", "crests": (30, 40)}, "E4M3 level"),
+        ("bits-of-accuracy", {"formats": {"FP4": "fp4"}}, "normal: FP4"),
+        ("number-formats", {"formats": ("E2M1",), "example": "BF16"}, "E2M1 max"),
+        ("outlier-matmul", {"shape": (3, 20, 5), "smooth": {}}, "LLM.int8(), dB"),
+        ("hopper-accumulator", {"cast": None, "lengths": (2000,), "promote": None}, "promotion helps by"),
+    ],
+)
+def test_one_line_changed(name, changed, value):
+    """Whatever is an argument can be another, quick or not, and is drawn."""
+    result = experiment.load(name, FOLDER).run(quick=True, **changed).result
+    assert (value in result.values) == (value != "E4M3 level")  # which lies below these crest factors
+    for plot in result.plots:
+        assert plots.png(plot).startswith(b"\x89PNG")
+
+
+def test_quick_runs_keep_what_was_asked_for():
+    result = experiment.load("hopper-accumulator", FOLDER).run(quick=True, lengths=(100, 700), length=300).result
+    assert [row[0] for row in result.tables[0].rows] == [100, 700]
+    assert "K = 300" in result.tables[1].title
+    assert (
+        experiment.load("outlier-matmul", FOLDER).run(quick=True, shape=(3, 20, 5)).result.tables[0].title[:6]
+        == "3 × 20"
+    )
+
+
+def test_nothing_sent_by_one_rank(module):
+    layout = module("fp8-lm-memory").Layout(1, 1, 1)
+    result = experiment.load("fp8-lm-memory", FOLDER).run(layout=layout).result
+    assert result.values["FP8-LM: sent, GiB"] == 0
+    assert "communication saved" not in result.values
+
+
 def test_unknown_parameter():
     with pytest.raises(ov.OctavoError, match="has no parameter 'length'; it has"):
         experiment.load("swamping", FOLDER).run(length=3)

@@ -75,6 +75,12 @@ def test_run_without_a_result(make):
         experiment.load("small-one", make(run="def run(quick, seed, track): return {}")).run()
 
 
+def test_a_run_that_fails_says_where(make):
+    folder = make(run="def run(quick, seed, track):\n    return 1 / 0\n")
+    with pytest.raises(OctavoError, match=r"run.py, line 2: ZeroDivisionError: division by zero"):
+        experiment.load("small-one", folder).run()
+
+
 def test_readme_without_heading(make):
     with pytest.raises(OctavoError, match="must begin with a heading"):
         experiment.load("small-one", make(readme="no heading"))
