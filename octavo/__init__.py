@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from octavo import analysis, cli, core, io, nn, ops, ptq
     from octavo.analysis.perplexity import perplexity
+    from octavo.calibration.run import Calibration, CalibrationInterrupted
     from octavo.core import accumulate, formats, requantize, schemes
     from octavo.core.cast import Cast, cast, decode, encode, fake_quantize, quantize, quantize_scaled, sqnr
     from octavo.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from octavo.core.schemes import Scheme
     from octavo.errors import OctavoError, OctavoWarning
     from octavo.io.checkpoint import load, save
-    from octavo.ptq.quantize import Summary, quantize_
+    from octavo.ptq.quantize import Summary, calibrate, quantize_
     from octavo.ptq.rules import Rule
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "octavo": ("analysis", "cli", "core", "io", "nn", "ops", "ptq"),
     "octavo.analysis.perplexity": ("perplexity",),
+    "octavo.calibration.run": ("Calibration", "CalibrationInterrupted"),
     "octavo.core": ("accumulate", "formats", "requantize", "schemes"),
     "octavo.core.cast": ("Cast", "cast", "decode", "encode", "fake_quantize", "quantize", "quantize_scaled", "sqnr"),
     "octavo.core.granularity": ("PerBlock", "PerChannel", "PerGroup", "PerTensor", "PerToken"),
@@ -38,13 +40,15 @@ _HOMES = {
     "octavo.core.schemes": ("Scheme",),
     "octavo.errors": ("OctavoError", "OctavoWarning"),
     "octavo.io.checkpoint": ("load", "save"),
-    "octavo.ptq.quantize": ("Summary", "quantize_"),
+    "octavo.ptq.quantize": ("Summary", "calibrate", "quantize_"),
     "octavo.ptq.rules": ("Rule",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = {"octavo", "octavo.core"}
 
 __all__ = [
+    "Calibration",
+    "CalibrationInterrupted",
     "Cast",
     "Constant",
     "Current",
@@ -62,6 +66,7 @@ __all__ = [
     "Summary",
     "accumulate",
     "analysis",
+    "calibrate",
     "cast",
     "cli",
     "core",

@@ -91,6 +91,6 @@ def is_eight_bit(path: Path) -> bool:
 
 def _schemes(model: Any) -> str:
     from octavo.core.schemes import describe
-    from octavo.nn.linear import QuantizedLinear
+    from octavo.nn.layer import QuantizedLayer
 
-    return ", ".join(dict.fromkeys(describe(m.scheme) for m in model.modules() if isinstance(m, QuantizedLinear)))
+    return ", ".join(dict.fromkeys(describe(m.scheme) for m in model.modules() if isinstance(m, QuantizedLayer)))

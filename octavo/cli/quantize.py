@@ -126,7 +126,7 @@ def make_plan(source: "Source", rules: "list[Rule]", layout: str) -> Plan:
     obstacles = {
         x.name: why
         for x, scheme in chosen.items()
-        if (why := compressed_tensors.obstacle(scheme, x.weight.shape[0 if x.transposed else 1], x.transposed))
+        if (why := compressed_tensors.obstacle_for(x.module, scheme))
     }
     if not obstacles:
         return Plan(verdict, "compressed-tensors" if layout == "auto" else layout, "")

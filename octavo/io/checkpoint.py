@@ -27,6 +27,7 @@ from octavo.io import compressed_tensors, huggingface, loading, safe_files
 from octavo.io.folder import atomic_folder, did_you_mean
 from octavo.io.safe_files import TensorInfo
 from octavo.nn import swap
+from octavo.nn.layer import QuantizedLayer
 from octavo.nn.linear import QuantizedLinear
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ CONFIG = "config.json"
 MANIFEST = "octavo.json"
 VERSION = 1
 SHARD = "5GB"
+OPTIONAL = ("zero_point", "input_scale", "input_zero_point")
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
@@ -45,6 +47,8 @@ DTYPES = {
 def layout_for(model: nn.Module) -> tuple[str, str]:
     """The layout that most engines read and that can hold this model, and why it is not compressed-tensors, if not."""
     for name, layer in _quantized(model).items():
+        if not isinstance(layer, QuantizedLinear):
+            return "octavo", f"{name}: the layout has linear layers, not {type(layer).__name__}"
         why = compressed_tensors.obstacle(layer.scheme, layer.in_features, layer.transposed)
         if why is not None:
             return "octavo", f"{name}: {why}"
@@ -78,9 +82,10 @@ def save(
         method: dict[str, Any] = {"quant_method": "octavo", "note": "open with octavo.load"}
     else:
         state = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] not in layers}
-        for name, layer in layers.items():
+        linears = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
+        for name, layer in linears.items():
             state |= compressed_tensors.tensors(name, layer)
-        method = compressed_tensors.config(layers, model)
+        method = compressed_tensors.config(linears, model)
     with atomic_folder(folder, force) as unfinished:
         if _is_transformers(model):
             _write_config(model, layers, unfinished, method)
@@ -146,11 +151,11 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     layers = {name: layer for layer in swap.layers(model) for name in layer.names}
     for name, entry in stored.items():
         layer = layers[name]
-        bias = getattr(layer.module, "bias", None)
         pieces = {part.rpartition(".")[2]: tensors[part] for part in entry.parts}
         build = _native_weight if entry.native else compressed_tensors.weight
-        weight = build(name, pieces, entry.scheme, _shape(layer), entry.dtype)
-        swap.replace(model, layer, QuantizedLinear(weight, bias, entry.scheme, layer.transposed))
+        weight = build(name, pieces, entry.scheme, tuple(layer.matrix.shape), entry.dtype)
+        calibrated = _input_scales(name, pieces, entry)
+        swap.replace(model, layer, layer.eight_bit.replacing(layer.module, weight, entry.scheme, **calibrated))
     _restore_dtypes(model, tensors)
     _restore_buffers(model, manifest.get("buffers"))
     return model.eval()
@@ -174,7 +179,7 @@ def _plan_native(
             scheme, dtype = from_json(told["scheme"]), DTYPES[told["dtype"]]
             if not isinstance(scheme, Scheme):
                 raise OctavoError(f"layer {name!r} has no scheme")
-            optional = [f"{name}.zero_point"] if f"{name}.zero_point" in infos else []
+            optional = [f"{name}.{part}" for part in OPTIONAL if f"{name}.{part}" in infos]
             stored[name] = _Stored(scheme, dtype, True, [f"{name}.codes", f"{name}.scale", *optional])
     except (KeyError, TypeError, AttributeError, OctavoError) as error:
         raise OctavoError(f"{path / MANIFEST} is damaged: {safe_files.brief(error)}") from error
@@ -182,7 +187,8 @@ def _plan_native(
 
 
 def _plan_compressed(path: Path, config: Mapping[str, Any], model: nn.Module) -> dict[str, _Stored]:
-    linears = {n: x.module for x in swap.layers(model) if x.obstacle is None and not x.transposed for n in x.names}
+    found = [x for x in swap.layers(model) if x.obstacle is None]
+    linears = {n: x.module for x in found if isinstance(x.module, nn.Linear) for n in x.names}
     schemes = compressed_tensors.parse(config["quantization_config"], linears, str(path / CONFIG))
     dtype = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
     return {n: _Stored(s, dtype, False, compressed_tensors.stored_names(n, s)) for n, s in schemes.items()}
@@ -262,6 +268,8 @@ def _native_weight(
         "codes": (scheme.weight.format.code_dtype, shape),
         "scale": (torch.float32, counts),
         "zero_point": (torch.int32, counts),
+        "input_scale": (torch.float32, (1,)),
+        "input_zero_point": (torch.int32, (1,)),
     }
     for part, tensor in pieces.items():
         if (tensor.dtype, tuple(tensor.shape)) != expected[part]:
@@ -278,6 +286,24 @@ def _native_weight(
     if scheme.weight.affine != ("zero_point" in pieces):
         raise OctavoError(f"{name} {'lacks' if scheme.weight.affine else 'should not have'} a zero_point")
     return QTensor(pieces["codes"], pieces["scale"], pieces.get("zero_point"), scheme.weight.format, block, dtype)
+
+
+def _input_scales(name: str, pieces: Mapping[str, Tensor], entry: _Stored) -> dict[str, Tensor]:
+    """The calibrated scale of a layer's input, if its scheme has one. Raises where they do not fit each other."""
+    found = {part: pieces[part] for part in ("input_scale", "input_zero_point") if part in pieces}
+    how = entry.scheme.input if entry.scheme.static else None
+    if ("input_scale" in found, "input_zero_point" in found) != (how is not None, how is not None and how.affine):
+        raise OctavoError(f"{name} has {' and '.join(found) or 'no input_scale'}, which does not go with its scheme")
+    if how is None:
+        return {}
+    if not entry.native:
+        found = compressed_tensors.input_scales(name, found)
+    scale, zero_point = float(found["input_scale"]), int(found.get("input_zero_point", 0))
+    if not 0 < scale < float("inf"):
+        raise OctavoError(f"{name}.input_scale is {scale}: the checkpoint is damaged")
+    if how.affine and isinstance(how.format, IntegerFormat) and not how.format.low <= zero_point <= how.format.high:
+        raise OctavoError(f"{name}.input_zero_point is {zero_point}, no number of {how.format.name}: it is damaged")
+    return found
 
 
 def _unsaved_buffers(model: nn.Module) -> dict[str, str]:
@@ -310,13 +336,8 @@ def _restore_buffers(model: nn.Module, dtypes: Any) -> None:
             setattr(model.get_submodule(parent), attribute, buffers[name].to(DTYPES[dtype]))
 
 
-def _shape(layer: swap.Layer) -> tuple[int, int]:
-    rows, cols = layer.weight.shape
-    return (cols, rows) if layer.transposed else (rows, cols)
-
-
-def _quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
-    return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedLinear)}
+def _quantized(model: nn.Module) -> dict[str, QuantizedLayer]:
+    return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedLayer)}
 
 
 def _is_transformers(model: nn.Module) -> bool:
@@ -328,7 +349,7 @@ def _method(config: Mapping[str, Any]) -> str | None:
     return str(told.get("quant_method")) if isinstance(told, dict) else None
 
 
-def _write_config(model: Any, layers: Mapping[str, QuantizedLinear], folder: Path, method: dict[str, Any]) -> None:
+def _write_config(model: Any, layers: Mapping[str, QuantizedLayer], folder: Path, method: dict[str, Any]) -> None:
     settings = model.config
     settings.save_pretrained(folder)
     generation = getattr(model, "generation_config", None)
@@ -338,7 +359,7 @@ def _write_config(model: Any, layers: Mapping[str, QuantizedLinear], folder: Pat
     content["architectures"] = [type(model).__name__]
     content["dtype"] = str(next(iter(layers.values())).dtype).removeprefix("torch.")
     content["quantization_config"] = method
-    if content.get("tie_word_embeddings") and isinstance(model.get_output_embeddings(), QuantizedLinear):
+    if content.get("tie_word_embeddings") and isinstance(model.get_output_embeddings(), QuantizedLayer):
         content["tie_word_embeddings"] = False  # the head has codes of its own now
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 

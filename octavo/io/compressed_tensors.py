@@ -1,13 +1,15 @@
 """The compressed-tensors layout, which vLLM and transformers load: names, dtypes and the config that describes them.
 
-A linear of [O, I] becomes ``weight`` (F8_E4M3 or I8), ``weight_scale`` in the model's dtype, which multiplies, and
-nothing else when it is symmetric. 8-bit weights without 8-bit inputs are packed four to an int32 (``weight_packed``,
-``weight_shape``). The layout knows INT8 and E4M3FN only; whatever it cannot say is refused before anything is written,
-with the layer's name.
+A linear of [O, I] becomes ``weight`` (F8_E4M3 or I8) and ``weight_scale`` in the model's dtype, which multiplies. A
+scale of its input that does not come from the input itself is ``input_scale`` [1]; affine ones have an
+``input_zero_point`` [1] as int8, counted from −128 … 127. 8-bit weights without 8-bit inputs are packed four to an int32
+(``weight_packed``, ``weight_shape``). The layout knows INT8 and E4M3FN only; whatever it cannot say is refused before
+anything is written, with the layer's name.
 """
 
 import operator
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +18,18 @@ from torch import Tensor, nn
 from octavo.core import formats
 from octavo.core.cast import Cast
 from octavo.core.formats import Format
-from octavo.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from octavo.core.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from octavo.core.qtensor import QTensor
-from octavo.core.scaling import Current
+from octavo.core.scaling import Constant, Current, Static
 from octavo.core.schemes import Scheme
 from octavo.errors import OctavoError
-from octavo.nn.linear import QuantizedLinear
+from octavo.nn.linear import QuantizedLinear, is_conv1d
 
 METHOD = "compressed-tensors"
 FORMATS: dict[str, Format] = {"float": formats.E4M3FN, "int": formats.INT8}
 TYPES: dict[Format, str] = {fmt: name for name, fmt in FORMATS.items()}
 MIXED = "mixed-precision"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def obstacle(scheme: Scheme, in_features: int, transposed: bool) -> str | None:
@@ -47,12 +50,18 @@ def obstacle(scheme: Scheme, in_features: int, transposed: bool) -> str | None:
         if in_features % 4 and weight.format is formats.INT8:
             return f"four weights are packed to a word, and {in_features} inputs are not a multiple of 4"
         return None if not isinstance(weight.granularity, PerBlock) else "weights in blocks need inputs in 8 bits"
-    if how.format not in TYPES:
+    kind = _kind(how)
+    if kind is None:
         return f"the layout has INT8 and E4M3FN inputs, not {how.format.name}"
-    if TYPES[how.format] != TYPES[weight.format]:
+    if kind != TYPES[weight.format]:
         return f"the layout's engines multiply like with like, not {weight.format.name} with {how.format.name}"
-    if how.affine or how.scale != Current() or how.rounding != "nearest-even":
-        return "the layout knows only plain symmetric dynamic inputs"
+    if how.rounding != "nearest-even":
+        return f"the layout rounds inputs to the nearest, not {how.rounding}"
+    if isinstance(how.scale, Current):
+        if how.affine or how.scale.power_of_two:
+            return "the layout's dynamic inputs are symmetric, with scales of any size"
+    elif not isinstance(how.granularity, PerTensor):
+        return f"the layout's static inputs have one scale for all, not {how.granularity}"
     match how.granularity:
         case PerToken() | PerTensor():
             return None
@@ -63,14 +72,27 @@ def obstacle(scheme: Scheme, in_features: int, transposed: bool) -> str | None:
     return f"the layout has no inputs {how.granularity}"
 
 
+def obstacle_for(module: nn.Module, scheme: Scheme) -> str | None:
+    """Why a float layer could not be written in the layout once it has that scheme, or None."""
+    if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+        return f"the layout has linear layers, not {type(module).__name__}"
+    return obstacle(scheme, QuantizedLinear.matrix(module).shape[1], is_conv1d(module))
+
+
 def tensors(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
     """The layer's tensors as the layout names and stores them."""
     weight = layer.quantized_weight
     whole = layer.scheme.weight.granularity == PerTensor()  # then the layout has one dimension
-    scale = weight.scale.reshape(1) if whole else weight.scale
-    short = scale if weight.dtype == torch.float64 else scale.to(weight.dtype)
-    # a model that was converted after it was quantized has scales that its dtype cannot hold
-    content = {f"{name}.weight_scale": short if torch.equal(short.float(), scale) else scale}
+    content = {f"{name}.weight_scale": _short(weight.scale.reshape(1) if whole else weight.scale, weight.dtype)}
+    if (how := layer.scheme.input) is not None and not isinstance(how.scale, Current):
+        scale, zero_point = layer.input_scale, layer.input_zero_point
+        if isinstance(how.scale, Constant):
+            scale = weight.scale.new_full((1,), how.scale.value)
+            zero_point = torch.zeros_like(scale, dtype=torch.int32) if how.affine else None
+        assert scale is not None
+        content[f"{name}.input_scale"] = _short(scale, weight.dtype)
+        if zero_point is not None:
+            content[f"{name}.input_zero_point"] = (zero_point - _offset(how)).to(torch.int8)
     if layer.bias is not None:
         content[f"{name}.bias"] = layer.bias
     if _packed(layer.scheme):
@@ -94,7 +116,7 @@ def config(layers: dict[str, QuantizedLinear], model: nn.Module) -> dict[str, An
         described[f"group_{index}"] = {
             "targets": ["Linear"] if len(groups) == 1 else names,
             "weights": _side(scheme.weight, dynamic=False),
-            "input_activations": None if scheme.input is None else _side(scheme.input, dynamic=True),
+            "input_activations": None if scheme.input is None else _side(scheme.input, isinstance(scheme.input.scale, Current)),
             "output_activations": None,
             "format": _style(scheme),
         }
@@ -119,7 +141,7 @@ def parse(told: dict[str, Any], linears: dict[str, nn.Module], where: str) -> di
     for key, group in groups.items():
         try:
             inputs = group.get("input_activations")
-            scheme = Scheme(_cast(group["weights"], False), None if inputs is None else _cast(inputs, True))
+            scheme = Scheme(_weight_cast(group["weights"]), None if inputs is None else _input_cast(inputs))
             schemes |= {str(entry): scheme for entry in group["targets"]}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise OctavoError(f"{where}: config group {key!r} is not one Octavo can run: {error}") from error
@@ -139,38 +161,73 @@ def parse(told: dict[str, Any], linears: dict[str, nn.Module], where: str) -> di
 
 
 def stored_names(name: str, scheme: Scheme) -> list[str]:
-    """The tensors that the layer's weight is stored in."""
+    """The tensors that the layer's weight, and the static scale of its input, are stored in."""
     tail = ["weight_packed", "weight_shape", "weight_scale"] if _packed(scheme) else ["weight", "weight_scale"]
+    if scheme.input is not None and scheme.static:
+        tail += ["input_scale", "input_zero_point"] if scheme.input.affine else ["input_scale"]
     return [f"{name}.{part}" for part in tail]
 
 
 def weight(name: str, found: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> QTensor:
     """The layer's weight [O, I] of its stored tensors. Raises ``OctavoError`` where they do not fit."""
-
-    def check(part: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], *expected: tuple[int, ...]) -> Tensor:
-        if tuple(tensor.shape) not in expected or tensor.dtype not in dtypes:
-            raise OctavoError(
-                f"{name}.{part} is {tensor.dtype} {list(tensor.shape)}; the config says "
-                f"{' or '.join(str(d) for d in dtypes)} {' or '.join(str(list(e)) for e in expected)}"
-            )
-        return tensor
-
-    how = scheme.weight
+    check, how = partial(_checked, name, found), scheme.weight
     if _packed(scheme):
-        words = check("weight_packed", found["weight_packed"], (torch.int32,), (shape[0], -(-shape[1] // 4)))
+        words = check("weight_packed", (torch.int32,), (shape[0], -(-shape[1] // 4)))
         codes = (words.contiguous().view(torch.uint8).short() - 128).to(torch.int8)[:, : shape[1]].contiguous()
     elif how.format is formats.INT8:
-        codes = check("weight", found["weight"], (torch.int8,), shape)
+        codes = check("weight", (torch.int8,), shape)
     else:
-        codes = check("weight", found["weight"], (torch.float8_e4m3fn,), shape).view(torch.uint8)
+        codes = check("weight", (torch.float8_e4m3fn,), shape).view(torch.uint8)
     block = how.granularity.block(shape)
     counts = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     flat = [(1,), ()] if counts == (1, 1) else ([counts[:1]] if counts[1] == 1 else [])
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    scale = check("weight_scale", found["weight_scale"], floats, counts, *flat)
+    scale = check("weight_scale", FLOATS, counts, *flat)
     if not bool(scale.isfinite().all()):
         raise OctavoError(f"{name}.weight_scale holds NaN or Inf: the checkpoint is damaged")
     return QTensor(codes, scale.float().reshape(counts), None, how.format, block, dtype)
+
+
+def input_scales(name: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The static scale of the layer's input and its zero point, those that it has, as layers keep them.
+
+    Raises ``OctavoError`` where they are none.
+    """
+    one: tuple[tuple[int, ...], ...] = ((1,), ())
+    parts = {}
+    if "input_scale" in found:
+        parts["input_scale"] = _checked(name, found, "input_scale", FLOATS, *one).float().reshape(1)
+    if "input_zero_point" in found:
+        parts["input_zero_point"] = _checked(name, found, "input_zero_point", (torch.int8,), *one).int().reshape(1)
+    return parts
+
+
+def _checked(
+    name: str, found: dict[str, Tensor], part: str, dtypes: tuple[torch.dtype, ...], *expected: tuple[int, ...]
+) -> Tensor:
+    tensor = found[part]
+    if tuple(tensor.shape) not in expected or tensor.dtype not in dtypes:
+        raise OctavoError(
+            f"{name}.{part} is {tensor.dtype} {list(tensor.shape)}; the config says "
+            f"{' or '.join(str(d) for d in dtypes)} {' or '.join(str(list(e)) for e in expected)}"
+        )
+    return tensor
+
+
+def _short(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in the model's dtype, unless it cannot hold them because the model was converted since."""
+    short = scale if dtype == torch.float64 else scale.to(dtype)
+    return short if torch.equal(short.float(), scale) else scale
+
+
+def _kind(how: Cast) -> str | None:
+    """What the layout calls an input's numbers; with a zero point, all 256 integers are the same."""
+    affine_static = how.affine and not isinstance(how.scale, Current)
+    return "int" if how.format is formats.UINT8 and affine_static else TYPES.get(how.format)
+
+
+def _offset(how: Cast) -> int:
+    """What the layout takes away from codes, so that they are signed."""
+    return 128 if how.format is formats.UINT8 else 0
 
 
 def _packed(scheme: Scheme) -> bool:
@@ -184,7 +241,7 @@ def _style(scheme: Scheme) -> str:
 
 
 def _side(how: Cast, dynamic: bool) -> dict[str, Any]:
-    told: dict[str, Any] = {"num_bits": 8, "type": TYPES[how.format], "symmetric": True, "dynamic": dynamic}
+    told: dict[str, Any] = {"num_bits": 8, "type": _kind(how), "symmetric": not how.affine, "dynamic": dynamic}
     match how.granularity:
         case PerTensor():
             return told | {"strategy": "tensor"}
@@ -198,25 +255,39 @@ def _side(how: Cast, dynamic: bool) -> dict[str, Any]:
             return told | {"strategy": "block", "block_structure": [rows, cols]}
 
 
-def _cast(told: dict[str, Any], dynamic: bool) -> Cast:
-    if told.get("num_bits") != 8 or told.get("type") not in FORMATS or not told.get("symmetric", True):
-        raise OctavoError(f"only symmetric 8-bit numbers of type int or float, not {told}")
-    if told.get("actorder") or told.get("dynamic", False) is not dynamic:
-        raise OctavoError(f"only {'dynamic scales for inputs' if dynamic else 'static scales for weights'}: {told}")
+def _weight_cast(told: dict[str, Any]) -> Cast:
+    if told.get("dynamic", False) is not False or told.get("symmetric", True) is not True:
+        raise OctavoError(f"only symmetric weights with static scales: {told}")
+    return Cast(_format(told), _granularity(told))
+
+
+def _input_cast(told: dict[str, Any]) -> Cast:
+    fmt, granularity = _format(told), _granularity(told)
+    dynamic, affine = told.get("dynamic", False), told.get("symmetric", True) is not True
+    if not isinstance(dynamic, bool) or (dynamic and affine):
+        raise OctavoError(f"only symmetric dynamic inputs, or static ones: {told}")
+    if not dynamic and not isinstance(granularity, PerTensor):
+        raise OctavoError(f"only one scale for a static input: {told}")
+    return Cast(fmt, granularity, Current() if dynamic else Static(), affine=affine)
+
+
+def _format(told: dict[str, Any]) -> Format:
+    if told.get("num_bits") != 8 or told.get("type") not in FORMATS or told.get("actorder"):
+        raise OctavoError(f"only 8-bit numbers of type int or float, in their own order, not {told}")
+    return FORMATS[told["type"]]
+
+
+def _granularity(told: dict[str, Any]) -> Granularity:
     strategy = told.get("strategy") or ("group" if told.get("group_size") else "tensor")
     if strategy == "block":
         rows, cols = map(operator.index, told["block_structure"])
-        return Cast(FORMATS[told["type"]], PerBlock(rows, cols))
+        return PerBlock(rows, cols)
     if strategy == "group":
-        return Cast(FORMATS[told["type"]], PerGroup(operator.index(told["group_size"])))
-    plain: dict[str, PerTensor | PerChannel | PerToken] = {
-        "tensor": PerTensor(),
-        "channel": PerChannel(0),
-        "token": PerToken(),
-    }
+        return PerGroup(operator.index(told["group_size"]))
+    plain: dict[str, Granularity] = {"tensor": PerTensor(), "channel": PerChannel(0), "token": PerToken()}
     if strategy not in plain:
         raise OctavoError(f"unknown strategy {strategy!r}")
-    return Cast(FORMATS[told["type"]], plain[strategy])
+    return plain[strategy]
 
 
 def _named(target: str, name: str) -> bool:

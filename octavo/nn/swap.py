@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from octavo.nn.linear import QuantizedLinear
+from octavo.core.schemes import Scheme
+from octavo.nn.layer import QuantizedLayer
+from octavo.nn.linear import QuantizedLinear, is_conv1d
+
+#: Which 8-bit layer stands in for which float one; a subclass counts where it computes the same.
+KINDS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QuantizedLinear}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +51,20 @@ class Layer:
         return self.module if stored is None else stored
 
     @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored [in, out]."""
-        return _is_conv1d(self.module)
+    def eight_bit(self) -> type[QuantizedLayer]:
+        """What would stand in its place."""
+        found = _eight_bit(self.module)
+        assert found is not None
+        return found
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as a matrix with a row an output channel."""
+        return self.eight_bit.matrix(self.module)
+
+    def refusal(self, scheme: Scheme) -> str | None:
+        """Why the layer cannot run under this scheme, or None."""
+        return self.eight_bit.obstacle(self.module, scheme)
 
     @property
     def nbytes(self) -> int:
@@ -70,12 +86,12 @@ def layers(model: nn.Module) -> list[Layer]:
     for module, known_as in names.items():
         if module in within:
             continue
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLayer):
             found.append(Layer(tuple(known_as), module, "already quantized"))
         elif next(module.parameters(recurse=False), None) is not None:
             alone = "the model is this one layer; put it into nn.Sequential" if module is model else None
             found.append(Layer(tuple(known_as), module, readers.get(module) or _obstacle(module) or alone))
-        elif isinstance(module, nn.Linear):  # parametrized: its parameters live one level below
+        elif isinstance(module, tuple(KINDS)):  # parametrized: its parameters live one level below
             found.append(Layer(tuple(known_as), module, _obstacle(module)))
     return found
 
@@ -102,32 +118,35 @@ def replace(model: nn.Module, layer: Layer, new: nn.Module) -> None:
             module.use_nested_tensor = False  # nested tensors only serve that fused path
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+def _eight_bit(module: nn.Module) -> type[QuantizedLayer] | None:
+    if is_conv1d(module):
+        return QuantizedLinear
+    return next((new for kind, new in KINDS.items() if isinstance(module, kind)), None)
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    if _is_conv1d(module):
+    if is_conv1d(module):
         return None
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "embeddings stay in float"
-    if not isinstance(module, nn.Linear):
+    kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
+    if kind is None:
         matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
-        return f"{type(module).__name__} is not a linear layer" if matrix else "no matrix"
+        return f"{type(module).__name__} has no 8-bit form" if matrix else "no matrix"
     if "forward" in vars(module):
         return "somebody put another forward into this very module"
     if "weight" not in module._parameters and not _computed(module):
         return "a hook computes its weight (weight_norm, pruning); make it permanent first"
-    if type(module).forward is not nn.Linear.forward and not _computes_linear(module):
-        return f"{type(module).__name__} overrides Linear.forward with something else"
-    if not module.weight.is_floating_point() or torch.finfo(module.weight.dtype).bits < 16:
-        return f"its weight is {module.weight.dtype}".replace("torch.", "")
+    if type(module).forward is not kind.forward and not (isinstance(module, nn.Linear) and _computes_linear(module)):
+        return f"{type(module).__name__} overrides {kind.__name__}.forward with something else"
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if not weight.is_floating_point() or torch.finfo(weight.dtype).bits < 16:
+        return f"its weight is {weight.dtype}".replace("torch.", "")
     return None
 
 
 def _computed(module: nn.Module) -> bool:
     """Whether torch.nn.utils.parametrize computes the layer's weight, so that reading it gives the right one."""
-    return isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight")
+    return isinstance(module, tuple(KINDS)) and parametrize.is_parametrized(module, "weight")
 
 
 @torch.no_grad()

@@ -5,18 +5,23 @@ Everything that can go wrong is looked for first, over the whole model, so that 
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from octavo.core.cast import sqnr
+from octavo.calibration.batches import Call
+from octavo.calibration.minmax import MinMax
+from octavo.calibration.observer import Observer
+from octavo.calibration.run import Calibration
+from octavo.core.cast import Cast, quantize_scaled, quantize_unchecked, sqnr
 from octavo.core.qtensor import QTensor
+from octavo.core.scaling import Constant
 from octavo.core.schemes import Scheme, describe
 from octavo.errors import OctavoError
-from octavo.nn import linear, swap
+from octavo.nn import swap
 from octavo.nn.swap import Layer
 from octavo.ptq.rules import Rules, assign
 
@@ -84,34 +89,79 @@ class Summary:
         return "\n".join(lines + self.notes)
 
 
-def quantize_(model: nn.Module, rules: Rules, *, track: "Track[str] | None" = None) -> Summary:
-    """Replace the model's linear layers by 8-bit ones, in place.
+def quantize_(
+    model: nn.Module,
+    rules: Rules,
+    data: "Iterable[Any] | Calibration | None" = None,
+    *,
+    observer: Observer = MinMax(),  # noqa: B008 - only its settings are used
+    weight_observer: Observer | None = None,
+    allow_uncalibrated: bool = False,
+    track: "Track[Any] | None" = None,
+) -> Summary:
+    """Replace the model's layers by 8-bit ones, in place.
 
     ``rules``: a scheme or its name for all but the output head; ``{name pattern: scheme or None}``; or a list of
-    ``Rule``. ``track`` wraps the loop to show progress. Raises ``OctavoError`` before anything is changed if a rule or
-    scheme matches nothing, nothing is left to quantize, or a weight is on the meta device or holds NaN or Inf.
+    ``Rule``. ``data``: batches (see ``Calibration.run``) or a finished ``Calibration``, for schemes with static input
+    scales; ``observer`` says what range is made of them, ``weight_observer`` the same for weights (None: all of their
+    range). A layer that saw no data is an error, or stays in float under ``allow_uncalibrated``. ``track`` wraps loops
+    to show progress.
+
+    Raises ``OctavoError`` before anything is changed if a rule or scheme matches nothing, nothing is left to quantize,
+    calibration fails or is missing, or a weight is on the meta device or holds NaN or Inf.
     """
     started = time.perf_counter()
     verdict = check(model, rules)
+    calibration = _calibration(model, verdict, data, observer, track)
+    if calibration is not None and calibration.unreached:
+        _uncalibrated(verdict, calibration, allow_uncalibrated)
     chosen = [(layer, scheme) for layer, scheme in verdict.items() if isinstance(scheme, Scheme)]
     before = model_bytes(model)
     reports = {x.name: LayerReport(x.name, x.kind, None, str(verdict[x]), x.nbytes, x.nbytes) for x in verdict}
     notes = _notes(model, [layer for layer, _ in chosen])
+    if data is not None and calibration is None:
+        notes.append("the data was not used: no layer has a static input scale")
     owners = Counter(id(layer.owner) for layer, _ in chosen)
     shared: dict[tuple[int, Scheme], tuple[Layer, QTensor]] = {}
     names, queue = [layer.name for layer, _ in chosen], deque(chosen)
     del verdict, chosen  # from here on only the queue keeps float weights alive, each until its turn
     for _ in track(names, "quantizing") if track else names:
         layer, scheme = queue.popleft()
-        new = linear.from_float(layer.weight, getattr(layer.module, "bias", None), scheme, layer.transposed)
+        seen = calibration.observers[layer.name] if calibration is not None and scheme.static else None
+        scheme, weight = _quantize_weight(layer, scheme, weight_observer)
+        scheme, scales = _input_scales(scheme, seen, weight.dtype)
         if owners[id(layer.owner)] > 1:  # one weight under several layers stays one weight
-            _, weight = shared.setdefault((id(layer.owner), scheme), (layer, new.quantized_weight))
-            new = linear.QuantizedLinear(weight, new.bias, scheme, layer.transposed)
+            _, weight = shared.setdefault((id(layer.owner), scheme), (layer, weight))
+        new = layer.eight_bit.replacing(layer.module, weight, scheme, **scales)
         quality = sqnr(layer.weight, new.weight)
         swap.replace(model, layer, new)
         after = sum(t.nbytes for t in new.buffers())
         reports[layer.name] = LayerReport(layer.name, layer.kind, describe(scheme), "", layer.nbytes, after, quality)
     return Summary(list(reports.values()), before, model_bytes(model), time.perf_counter() - started, notes)
+
+
+def calibrate(
+    model: nn.Module,
+    rules: Rules,
+    batches: Iterable[Any],
+    observer: Observer = MinMax(),  # noqa: B008 - only its settings are used
+    *,
+    call: Call | None = None,
+    track: "Track[Any] | None" = None,
+) -> Calibration:
+    """Watch the inputs of all layers that the rules give a static scale; what comes back goes to ``quantize_`` as data.
+
+    For data that several processes share (``Calibration.merge``), several runs, or models that need their own ``call``.
+    """
+    return prepare_calibration(model, rules, observer).run(model, batches, call=call, track=track)
+
+
+def prepare_calibration(model: nn.Module, rules: Rules, observer: Observer = MinMax()) -> Calibration:  # noqa: B008
+    """What ``calibrate`` runs, before it has seen anything: whoever holds it keeps what an interrupted run has seen."""
+    observers = _observers(check(model, rules), observer)
+    if not observers:
+        raise OctavoError("no layer has a static input scale, so there is nothing to calibrate")
+    return Calibration(observers)
 
 
 def check(model: nn.Module, rules: Rules) -> dict[Layer, Scheme | str]:
@@ -141,13 +191,74 @@ def _check(layer: Layer, scheme: Scheme) -> None:
                 f"{layer.name}.{name} holds {bad} NaN or Inf among its {tensor.numel()} values: the checkpoint is "
                 f"damaged; mend it, or leave the layer alone with a rule for {layer.name!r}"
             )
-    rows, cols = layer.weight.shape
-    try:
-        scheme.weight.granularity.block((cols, rows) if layer.transposed else (rows, cols))
-        if scheme.input is not None:
-            scheme.input.granularity.block((1, rows if layer.transposed else cols))
-    except OctavoError as error:
-        raise OctavoError(f"{layer.name}: {error}") from error
+
+
+def _observers(verdict: Mapping[Layer, Scheme | str], like: Observer) -> dict[str, Observer]:
+    return {
+        layer.name: like.fresh(scheme.input.granularity)
+        for layer, scheme in verdict.items()
+        if isinstance(scheme, Scheme) and scheme.static and scheme.input is not None
+    }
+
+
+def _calibration(
+    model: nn.Module,
+    verdict: Mapping[Layer, Scheme | str],
+    data: "Iterable[Any] | Calibration | None",
+    observer: Observer,
+    track: "Track[Any] | None",
+) -> Calibration | None:
+    """What is known of the inputs of the layers with static scales; None if there are none."""
+    observers = _observers(verdict, observer)
+    if not observers:
+        return None
+    if data is None:
+        raise OctavoError(
+            f"{len(observers)} layers get static input scales ({next(iter(observers))}, …), which come from "
+            "calibration: pass batches as data, or choose a dynamic scheme"
+        )
+    if not isinstance(data, Calibration):
+        return Calibration(observers).run(model, data, track=track)
+    if missing := [name for name in observers if name not in data.observers]:
+        raise OctavoError(f"the calibration did not watch {', '.join(missing[:3])}; calibrate with these rules")
+    return data
+
+
+def _uncalibrated(verdict: dict[Layer, Scheme | str], calibration: Calibration, allowed: bool) -> None:
+    """Leave layers without data in float, or say which they are."""
+    lost = [x for x, scheme in verdict.items() if isinstance(scheme, Scheme) and x.name in calibration.unreached]
+    lost = [x for x in lost if isinstance(scheme := verdict[x], Scheme) and scheme.static]
+    if lost and not allowed:
+        raise OctavoError(
+            f"{len(lost)} layers saw no calibration data: {', '.join(x.name for x in lost[:5])}. Pass data that "
+            "reaches them, leave them out by a rule, or allow_uncalibrated=True to leave them in float"
+        )
+    for layer in lost:
+        verdict[layer] = "saw no calibration data"
+    if not any(isinstance(scheme, Scheme) for scheme in verdict.values()):
+        raise OctavoError("no layer saw calibration data, so nothing would be quantized")
+
+
+def _quantize_weight(layer: Layer, scheme: Scheme, observer: Observer | None) -> tuple[Scheme, QTensor]:
+    """The weight in 8 bits, over its whole range or the one an observer finds; its scales in its own dtype."""
+    matrix, how = layer.matrix.detach(), scheme.weight
+    if observer is None or isinstance(how.scale, Constant):
+        return scheme, quantize_unchecked(matrix, how, matrix.dtype)
+    watcher = observer.fresh(how.granularity)
+    watcher.update(matrix)
+    how = watcher.settle(how)
+    scale, zero_point = watcher.scale(how, matrix.dtype)
+    return replace(scheme, weight=how), quantize_scaled(matrix, how, scale, zero_point)
+
+
+def _input_scales(scheme: Scheme, seen: Observer | None, storage: torch.dtype) -> tuple[Scheme, dict[str, Any]]:
+    """The calibrated scale of the layer's input, and the scheme with the format the observer settled for."""
+    if seen is None or scheme.input is None:
+        return scheme, {}
+    scheme = replace(scheme, input=seen.settle(scheme.input))
+    assert scheme.input is not None
+    scale, zero_point = seen.scale(scheme.input, storage)
+    return scheme, {"input_scale": scale, "input_zero_point": zero_point}
 
 
 def _notes(model: nn.Module, chosen: list[Layer]) -> list[str]:

@@ -78,16 +78,24 @@ def assign(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Layer
             verdict[layer] = f"rule {rule}"
         elif layer.module in heads and rule.name not in layer.names:
             verdict[layer] = "output head, left in float unless a rule gives its exact name"
+        elif layer.eight_bit.by_name_only and rule.name not in layer.names and rule.type is None:
+            verdict[layer] = "embedding, left in float unless a rule gives its exact name or its type"
         else:
             assert isinstance(rule.scheme, Scheme)
-            verdict[layer] = rule.scheme
+            refusal = layer.refusal(rule.scheme)
+            if refusal is not None and not _catches_all(rule):
+                raise OctavoError(f"{layer.name}: {refusal}")
+            verdict[layer] = refusal or rule.scheme
     for rule in ordered:
-        catches_all = rule.name == "*" and rule.type is None  # may well find nothing left to decide
-        if rule not in used and not catches_all:
+        if rule not in used and not _catches_all(rule):  # a catch-all may well find nothing left to decide
             raise _unmatched(rule, ordered, found)
     if not any(isinstance(v, Scheme) for v in verdict.values()):
         raise _nothing(ordered, verdict)
     return verdict
+
+
+def _catches_all(rule: Rule) -> bool:
+    return rule.name == "*" and rule.type is None
 
 
 def output_heads(model: nn.Module, found: Sequence[Layer]) -> set[nn.Module]:

@@ -2,21 +2,23 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import pytorch_utils
 
 import octavo as ov
-from octavo import Cast, PerChannel, PerGroup, PerTensor, PerToken, Scheme
+from octavo import Cast, OctavoError, PerChannel, PerGroup, PerTensor, PerToken, Scheme
 from octavo.core import schemes
-from octavo.core.cast import quantize_unchecked
-from octavo.nn import linear
+from octavo.core.cast import quantize_scaled, quantize_unchecked
+from octavo.core.scaling import scale_of_range
 from octavo.nn.linear import QuantizedLinear
 
 SCHEMES = {
-    **schemes.NAMES,
+    **{name: scheme for name, scheme in schemes.NAMES.items() if not scheme.static},
     "affine": Scheme(Cast("INT8", PerChannel(0), affine=True), Cast("UINT8", PerToken(), affine=True)),
     "per tensor": Scheme(Cast("E4M3FN"), Cast("E4M3FN")),
     "groups of 48 and 64": Scheme(Cast("INT8", PerGroup(48)), Cast("E3M4", PerGroup(64))),
@@ -28,7 +30,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 def make(scheme="int8-dynamic", inputs=100, outputs=24, bias=True, dtype=torch.float32):
     layer = nn.Linear(inputs, outputs, bias=bias).to(dtype)
-    return layer, linear.from_float(layer.weight, layer.bias, SCHEMES[scheme])
+    return layer, QuantizedLinear.from_float(layer, SCHEMES[scheme])
 
 
 def naive(layer, scheme, x):
@@ -88,17 +90,21 @@ def test_nan_in_a_row_stays_there():
 def test_layouts_of_input_and_weight():
     layer = nn.Linear(40, 12)
     layer.weight = nn.Parameter(torch.randn(40, 12).T)  # not contiguous
-    ours = linear.from_float(layer.weight, layer.bias, SCHEMES["fp8-dynamic"])
+    ours = QuantizedLinear.from_float(layer, SCHEMES["fp8-dynamic"])
     x = torch.randn(40, 9).T
     assert torch.equal(ours(x), ours(x.contiguous()))
     assert ours.codes.is_contiguous()
-    same = linear.from_float(layer.weight.detach().contiguous(), layer.bias, SCHEMES["fp8-dynamic"])
+    same = nn.Linear(40, 12)
+    same.load_state_dict(layer.state_dict())
+    same = QuantizedLinear.from_float(same, SCHEMES["fp8-dynamic"])
     assert torch.equal(ours(x), same(x))
 
 
 def test_the_other_way_round():
     layer, ours = make("int8-dynamic")
-    turned = linear.from_float(layer.weight.T.contiguous(), layer.bias, SCHEMES["int8-dynamic"], transposed=True)
+    theirs = pytorch_utils.Conv1D(24, 100)
+    theirs.load_state_dict({"weight": layer.weight.T.contiguous(), "bias": layer.bias})
+    turned = QuantizedLinear.from_float(theirs, SCHEMES["int8-dynamic"])
     x = torch.randn(5, 100)
     assert torch.equal(turned(x), ours(x))
     assert turned.weight.shape == (100, 24)
@@ -175,7 +181,7 @@ def test_meta():
 @pytest.mark.parametrize("name", SCHEMES)
 def test_state_dict_round_trip(name):
     _, ours = make(name)
-    fresh = linear.empty(24, 100, True, SCHEMES[name], torch.float32)
+    fresh = QuantizedLinear.from_float(nn.Linear(100, 24), SCHEMES[name])
     state = ours.state_dict()
     assert set(state) == {"codes", "scale", "bias"} | ({"zero_point"} if name == "affine" else set())
     file = io.BytesIO()
@@ -209,6 +215,35 @@ def test_autocast_leaves_the_codes_alone():
 def test_a_constant_input_scale():
     layer, _ = make()
     scheme = Scheme(Cast("INT8", PerTensor()), Cast("INT8", PerTensor(), ov.Constant(0.05)))
-    ours = linear.from_float(layer.weight, layer.bias, scheme)
+    ours = QuantizedLinear.from_float(layer, scheme)
     x = torch.randn(4, 100)
     torch.testing.assert_close(ours(x).double(), naive(layer, scheme, x), rtol=1e-5, atol=1e-5)
+
+
+STATIC = {name: scheme for name, scheme in schemes.NAMES.items() if scheme.static}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_calibrated_input_scales(name):
+    scheme, layer = STATIC[name], nn.Linear(100, 24)
+    x = torch.randn(2, 5, 100)
+    scale, zero_point = scale_of_range(x.min(), x.max(), scheme.input.format, scheme.input.affine)
+    weight = quantize_unchecked(layer.weight, scheme.weight)
+    ours = QuantizedLinear.replacing(layer, weight, scheme, input_scale=scale, input_zero_point=zero_point)
+    rows = quantize_scaled(x.view(10, 100), scheme.input, scale, zero_point).dequantize(torch.float64)
+    expected = rows @ weight.dequantize(torch.float64).T + layer.bias.double()
+    torch.testing.assert_close(ours(x).double().view(10, 24), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours(x[:, :1])[0, 0], ours(x)[0, 0])  # whatever else is in the batch
+    assert ours(10 * x).isfinite().all()  # beyond the range it saturates
+    x[0, 0, 0] = math.inf
+    assert not ours(x).isfinite().all()
+    assert copy.deepcopy(ours).bfloat16().input_scale.dtype == torch.float32
+
+
+def test_calibrated_scales_are_needed():
+    layer = nn.Linear(4, 3)
+    with pytest.raises(OctavoError, match="int8-static needs calibrated input scales"):
+        QuantizedLinear.from_float(layer, schemes.INT8_STATIC)
+    weight = quantize_unchecked(layer.weight, schemes.INT8_DYNAMIC.weight)
+    with pytest.raises(OctavoError, match="int8-dynamic has no calibrated input scales"):
+        QuantizedLinear.replacing(layer, weight, schemes.INT8_DYNAMIC, input_scale=torch.ones(1))

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrizations, prune
 import octavo as ov
 from octavo import OctavoError
 from octavo.core import schemes
-from octavo.nn import linear, swap
+from octavo.nn import swap
 from octavo.nn.linear import QuantizedLinear
 from tests.nn import models
 
@@ -24,9 +24,9 @@ def test_what_is_a_layer():
     assert obstacles(model) == {
         "0": None,
         "2": "no matrix",
-        "3": "embeddings stay in float",
-        "4": "Conv1d is not a linear layer",
-        "5": "Bilinear is not a linear layer",
+        "3": "Embedding has no 8-bit form",
+        "4": "Conv1d has no 8-bit form",
+        "5": "Bilinear has no 8-bit form",
     }
 
 
@@ -35,7 +35,7 @@ def test_names_of_one_module():
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(4, 4)})
     assert [layer.names for layer in swap.layers(model)] == [("a", "b.0"), ("c",)]
     layer = swap.layers(model)[0]
-    new = linear.from_float(shared.weight, shared.bias, schemes.INT8_DYNAMIC)
+    new = QuantizedLinear.from_float(shared, schemes.INT8_DYNAMIC)
     swap.replace(model, layer, new)
     assert model["a"] is model["b"][0] is new
     assert model["c"] is not new
@@ -45,10 +45,10 @@ def test_names_of_one_module():
 def test_gpt2s_linears_are_turned():
     found = {layer.name: layer for layer in swap.layers(models.gpt2())}
     layer = found["transformer.h.0.mlp.c_fc"]
-    assert layer.transposed
+    assert layer.matrix.shape == layer.weight.T.shape
     assert layer.obstacle is None
     assert layer.kind == "Conv1D"
-    assert not found["lm_head"].transposed
+    assert found["lm_head"].matrix is found["lm_head"].weight
 
 
 class Doubled(nn.Linear):

@@ -1,0 +1,123 @@
+"""What every 8-bit layer is made of: a weight as codes and scales, a bias, and how its input is cast.
+
+The weight is kept as a matrix whose rows are the output channels, whatever shape the float layer gave it, so that a
+granularity means the same everywhere: ``PerChannel(0)`` is a scale an output channel, ``PerGroup(64)`` one for 64
+numbers that are summed together. Inference only: gradients do not flow through codes.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from octavo.core.cast import quantize_scaled, quantize_unchecked
+from octavo.core.qtensor import QTensor
+from octavo.core.schemes import Scheme, describe
+from octavo.errors import OctavoError
+
+KEPT = ("codes", "scale", "zero_point", "input_scale", "input_zero_point")  # ``Module.to(dtype)`` must not touch these
+
+
+class QuantizedLayer(nn.Module):
+    """A layer with its weight [out, …] in 8 bits, and its input too if the scheme says so.
+
+    ``input_scale`` (and ``input_zero_point``), one number each, belong to static schemes.
+    """
+
+    by_name_only: ClassVar[bool] = False  # whether only a rule with its exact name or type may quantize it
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        weight: QTensor,
+        bias: Tensor | None,
+        scheme: Scheme,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        given = (input_scale is not None, input_zero_point is not None)
+        if given != (scheme.static, scheme.static and scheme.input is not None and scheme.input.affine):
+            raise OctavoError(f"{describe(scheme)} {'needs' if scheme.static else 'has no'} calibrated input scales")
+        self.scheme = scheme
+        self.block = weight.block
+        self.dtype = weight.dtype
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("zero_point", weight.zero_point)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("input_scale", None if input_scale is None else input_scale.reshape(1))
+        self.register_buffer("input_zero_point", None if input_zero_point is None else input_zero_point.reshape(1))
+        self.requires_grad_(False)
+
+    @staticmethod
+    @abstractmethod
+    def matrix(module: nn.Module) -> Tensor:
+        """The float layer's weight as a matrix: a row an output channel, a column a number that is summed."""
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The weight as a float tensor of the float layer's shape, made anew each time."""
+
+    @classmethod
+    @abstractmethod
+    def replacing(
+        cls,
+        module: nn.Module,
+        weight: QTensor,
+        scheme: Scheme,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+    ) -> "QuantizedLayer":
+        """The 8-bit layer that stands in for a float one, with its weight matrix quantized already."""
+
+    @classmethod
+    def obstacle(cls, module: nn.Module, scheme: Scheme) -> str | None:
+        """Why this float layer cannot run under the scheme, or None."""
+        rows, cols = cls.matrix(module).shape
+        try:
+            scheme.weight.granularity.block((rows, cols))
+            if scheme.input is not None:
+                scheme.input.granularity.block((1, cols))
+        except OctavoError as error:
+            return str(error)
+        return None
+
+    @classmethod
+    def from_float(cls, module: nn.Module, scheme: Scheme) -> "QuantizedLayer":
+        """Quantize a float layer. Its weight's scales are rounded to its own dtype."""
+        matrix = cls.matrix(module).detach()
+        return cls.replacing(module, quantize_unchecked(matrix, scheme.weight, matrix.dtype), scheme)
+
+    @property
+    def quantized_weight(self) -> QTensor:
+        """The weight matrix [out, in] as codes and scales."""
+        return QTensor(self.codes, self.scale, self.zero_point, self.scheme.weight.format, self.block, self.dtype)
+
+    def quantize_input(self, x: Tensor) -> QTensor:
+        """``x`` as the scheme casts inputs: with its own scales, or with the calibrated ones."""
+        how = self.scheme.input
+        assert how is not None
+        if self.input_scale is None:
+            return quantize_unchecked(x, how)
+        return quantize_scaled(x, how, self.input_scale, self.input_zero_point)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":
+        # codes and scales follow the module to another device, but keep their dtypes: rounded scales are other weights
+        before = {name: getattr(self, name) for name in KEPT}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = getattr(self, name)
+            if tensor is not None and moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["codes"].device)).dtype
+        return self
