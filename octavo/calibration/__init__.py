@@ -1,4 +1,4 @@
-"""Calibration: which range of numbers a layer sees. ``Observer`` says what an observer is; the rules are a file each."""
+"""Calibration: which range of numbers a layer sees. ``observer`` says what an observer is; each rule has its file."""
 
 from octavo.calibration.entropy import Entropy
 from octavo.calibration.histogram import Histogram, HistogramObserver

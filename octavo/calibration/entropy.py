@@ -3,8 +3,9 @@
 Migacz, "8-bit inference with TensorRT" (GTC 2017). The histogram of ``|x|`` is cut after every bin i in turn. P is what
 lies below the cut, with everything beyond added to its last bin; Q is the same without the addition, its bins merged
 into as many levels as the format has for magnitudes (128 for INT8), and each level spread evenly over those of its
-bins that are not empty. The cut of the least divergence ``KL(P‖Q) = Σ P·log(P/Q)``, both scaled to sum to one, gives the clip;
-of several equal ones the last. Zeros are so many in some layers that they would decide: bin 0 counts as much as bin 1.
+bins that are not empty. The cut of the least divergence ``KL(P‖Q) = Σ P·log(P/Q)``, both scaled to sum to one, gives
+the clip; of several equal ones the last. Zeros are so many in some layers that they would decide: bin 0 counts as much
+as bin 1.
 
 Nothing is expanded here. With prefix sums of the counts B and of the bins in use, a level's sum c and its bins n are
 two differences, and ``Σ B·log Q = Σ c·log(c/n)``, for all cuts and levels at once.

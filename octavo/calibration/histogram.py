@@ -105,7 +105,7 @@ class Histogram:
         return _by_sign(self.binned().counts).sum(1)
 
     def edges(self) -> Tensor:
-        """Where each of the 2·BINS − 1 bins ends and the next begins, float64 [rows, 2·BINS]; number 0 has both signs."""
+        """Where each of the bins ends and the next begins, float64 [rows, 2·BINS]; number 0 has both signs."""
         number = torch.arange(1, BINS + 1, dtype=torch.float64, device=self.low.device)
         return torch.cat([-number.flip(0), number]) * self.width[:, None]
 

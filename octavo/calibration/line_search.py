@@ -3,7 +3,7 @@
 Kuzmin et al., "FP8 Quantization: The Power of the Exponent" (2208.09225). For every split of the bits and every clip on
 a grid of 111 from 0.1 to 1.2 times the largest magnitude, the squared error; each range (each channel of a weight)
 votes for the mantissa bits that serve it best, the majority decides for all, and each then takes its best clip in
-that format. A clip is a bias: moving one is scaling the other, so a real-valued bias is an ordinary format with a scale.
+that format. Moving the clip is moving the bias: what the paper calls a real-valued bias is a format with a scale.
 """
 
 from dataclasses import dataclass, replace
@@ -25,12 +25,14 @@ CLIPS = torch.linspace(0.1, 1.2, 111, dtype=torch.float64)  # times the largest 
 
 @dataclass(eq=False)
 class LineSearch(HistogramObserver):
-    """The paper's three modes: ``"fully-flexible"`` looks for mantissa bits and bias (``settle`` gives the Cast with the
-    format), ``"flexible-bias"`` for the bias of the Cast's own format, and ``"fixed"`` takes format and bias as they are, with
-    a scale of 1.
+    """The paper's three modes.
 
-    The formats are the paper's: sign, exponent and from one mantissa bit up as many bits as the Cast's format has, the bias
-    2**(exponent − 1), subnormals, no infinities or NaN.
+    ``"fully-flexible"`` looks for mantissa bits and bias: ``settle`` gives the Cast with the format.
+    ``"flexible-bias"`` looks for the bias of the Cast's own format.
+    ``"fixed"`` takes format and bias as they are: the scale is 1.
+
+    The formats are the paper's, of as many bits as the Cast's: a sign, at least one mantissa bit, an exponent with the
+    bias 2**(exponent − 1), subnormals, and no infinities or NaN.
     """
 
     mode: Mode = "fully-flexible"
@@ -47,7 +49,7 @@ class LineSearch(HistogramObserver):
         if isinstance(how.format, IntegerFormat):
             raise OctavoError(
                 f"the fully flexible line search chooses among floats, but {how.format.name} is an integer format; "
-                f"start from a float format such as E4M3, or keep it: LineSearch('flexible-bias')"
+                "start from a float format such as E4M3, or keep it: LineSearch('flexible-bias')"
             )
         self._check_seen(how)
         family = [replace(how, format=fmt) for fmt in splits(how.format.bits)]

@@ -2,8 +2,8 @@
 
 The rule is Jacob et al.'s (1712.05877) for activations: the first tensor's ends x₀ start it, and every later one moves
 it by ``v ← c·v + (1 − c)·x``. After n tensors, written out, ``v = cⁿ·x₀ + Σ (1 − c)·cⁿ⁻¹⁻ⁱ·xᵢ`` over all of them, the
-first included. That form splits where the stream is cut: a part keeps its first ends, its sum and its number of tensors,
-and two parts of m and n join to ``cⁿ·sumₘ + sumₙ``. So merging equals one pass, up to the rounding of float64.
+first included. That form splits where the stream is cut: a part keeps its first ends, its sum and its number of
+tensors, and two parts of m and n join to ``cⁿ·sumₘ + sumₙ``. So merging equals one pass, up to float64's rounding.
 """
 
 from collections.abc import Callable, Mapping

@@ -210,12 +210,13 @@ def from_settings(data: Any) -> Observer:
         raise OctavoError(f"no observer is called {data.get('type')!r}; there are {', '.join(kinds)}")
     content = {str(name): records.from_json(value) for name, value in data.items() if name != "type"}
     try:
-        return kind(**content)
+        observer: Observer = kind(**content)
+        return observer
     except TypeError as error:
         raise OctavoError(f"{kind.__name__} cannot be made of {str(content)[:300]}: {error}") from error
 
 
-def _kinds(kind: type[Observer]) -> Iterator[type[Observer]]:
+def _kinds(kind: type[Any]) -> Iterator[type[Any]]:
     if not inspect.isabstract(kind):
         yield kind
     for below in kind.__subclasses__():
