@@ -1,8 +1,8 @@
 """The compressed-tensors layout, which vLLM and transformers load: names, dtypes and the config that describes them.
 
 A linear of [O, I] becomes ``weight`` (F8_E4M3 or I8) and ``weight_scale`` in the model's dtype, which multiplies. A
-scale of its input that does not come from the input itself is ``input_scale`` [1]; affine ones have an
-``input_zero_point`` [1] as int8, counted from −128 … 127. 8-bit weights without 8-bit inputs are packed four to an int32
+scale of its input that does not come from the input itself is ``input_scale`` [1]; affine inputs, which we count from
+0 to 255 and the layout from −128 to 127, have an ``input_zero_point`` [1] as int8 as well. 8-bit weights without 8-bit inputs are packed four to an int32
 (``weight_packed``, ``weight_shape``). The layout knows INT8 and E4M3FN only; whatever it cannot say is refused before
 anything is written, with the layer's name.
 """
@@ -30,6 +30,7 @@ FORMATS: dict[str, Format] = {"float": formats.E4M3FN, "int": formats.INT8}
 TYPES: dict[Format, str] = {fmt: name for name, fmt in FORMATS.items()}
 MIXED = "mixed-precision"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+OFFSET = 128  # from the layout's integers to UINT8
 
 
 def obstacle(scheme: Scheme, in_features: int, transposed: bool) -> str | None:
@@ -92,7 +93,8 @@ def tensors(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
         assert scale is not None
         content[f"{name}.input_scale"] = _short(scale, weight.dtype)
         if zero_point is not None:
-            content[f"{name}.input_zero_point"] = (zero_point - _offset(how)).to(torch.int8)
+            unsigned = how.format is formats.UINT8
+            content[f"{name}.input_zero_point"] = (zero_point - OFFSET * unsigned).to(torch.int8)
     if layer.bias is not None:
         content[f"{name}.bias"] = layer.bias
     if _packed(layer.scheme):
@@ -197,7 +199,7 @@ def input_scales(name: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
     if "input_scale" in found:
         parts["input_scale"] = _checked(name, found, "input_scale", FLOATS, *one).float().reshape(1)
     if "input_zero_point" in found:
-        parts["input_zero_point"] = _checked(name, found, "input_zero_point", (torch.int8,), *one).int().reshape(1)
+        parts["input_zero_point"] = _checked(name, found, "input_zero_point", (torch.int8,), *one).int().reshape(1) + OFFSET
     return parts
 
 
@@ -223,11 +225,6 @@ def _kind(how: Cast) -> str | None:
     """What the layout calls an input's numbers; with a zero point, all 256 integers are the same."""
     affine_static = how.affine and not isinstance(how.scale, Current)
     return "int" if how.format is formats.UINT8 and affine_static else TYPES.get(how.format)
-
-
-def _offset(how: Cast) -> int:
-    """What the layout takes away from codes, so that they are signed."""
-    return 128 if how.format is formats.UINT8 else 0
 
 
 def _packed(scheme: Scheme) -> bool:
@@ -264,11 +261,11 @@ def _weight_cast(told: dict[str, Any]) -> Cast:
 def _input_cast(told: dict[str, Any]) -> Cast:
     fmt, granularity = _format(told), _granularity(told)
     dynamic, affine = told.get("dynamic", False), told.get("symmetric", True) is not True
-    if not isinstance(dynamic, bool) or (dynamic and affine):
+    if not isinstance(dynamic, bool) or (affine and (dynamic or fmt is not formats.INT8)):
         raise OctavoError(f"only symmetric dynamic inputs, or static ones: {told}")
     if not dynamic and not isinstance(granularity, PerTensor):
         raise OctavoError(f"only one scale for a static input: {told}")
-    return Cast(fmt, granularity, Current() if dynamic else Static(), affine=affine)
+    return Cast(formats.UINT8 if affine else fmt, granularity, Current() if dynamic else Static(), affine=affine)
 
 
 def _format(told: dict[str, Any]) -> Format:
