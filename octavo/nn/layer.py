@@ -23,7 +23,8 @@ KEPT = ("codes", "scale", "zero_point", "input_scale", "input_zero_point")  # ``
 class QuantizedLayer(nn.Module):
     """A layer with its weight [out, …] in 8 bits, and its input too if the scheme says so.
 
-    ``input_scale`` (and ``input_zero_point``), one number each, belong to static schemes.
+    ``input_scale`` (and ``input_zero_point``), one number each, belong to static schemes. ``clamp`` is the range that
+    results are held to, for a layer that has taken over the ReLU behind it (``ptq.fold.fuse_relu_``).
     """
 
     by_name_only: ClassVar[bool] = False  # whether only a rule with its exact name or type may quantize it
@@ -34,6 +35,7 @@ class QuantizedLayer(nn.Module):
     bias: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
+    clamp: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -110,6 +112,10 @@ class QuantizedLayer(nn.Module):
         if self.input_scale is None:
             return quantize_unchecked(x, how)
         return quantize_scaled(x, how, self.input_scale, self.input_zero_point)
+
+    def activate(self, y: Tensor) -> Tensor:
+        """Hold the results to ``clamp``, in place: the last of ``forward`` before the cast to the input's dtype."""
+        return y if self.clamp is None else y.clamp_(*self.clamp)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":
         # codes and scales follow the module to another device, but keep their dtypes: rounded scales are other weights

@@ -56,13 +56,14 @@ class QuantizedLinear(QuantizedLayer):
             raise OctavoError(f"the layer takes floats […, {self.in_features}], not {x.dtype} {list(x.shape)}")
         if self.scheme.input is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return F.linear(x, self.quantized_weight.dequantize(x.dtype), bias)
+            return self.activate(F.linear(x, self.quantized_weight.dequantize(x.dtype), bias))
         y = multiply(self.quantize_input(x.reshape(x.shape[:-1].numel(), self.in_features)), self.quantized_weight)
         if self.bias is not None:
             y += self.bias
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return self.activate(y).to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
-        bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {describe(self.scheme)}"
+        clamp = "" if self.clamp is None else f", clamp={self.clamp}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, {describe(self.scheme)}{clamp}"
