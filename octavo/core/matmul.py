@@ -126,7 +126,7 @@ class _StraightThrough(torch.autograd.Function):
         g = gradient.to(work)
         a, b = (_dense(t if q is None else q, work) for t, q in zip(ctx.saved_tensors, ctx.quantized, strict=True))
         grads: list[Tensor | None] = [None] * 7
-        with _full_precision(g.device.type):
+        with full_precision(g.device.type):
             if ctx.needs_input_grad[0]:
                 shape, dtype = ctx.like[0]
                 grads[0] = (g @ b.mT).sum_to_size(shape).to(dtype)
@@ -138,7 +138,7 @@ class _StraightThrough(torch.autograd.Function):
         return tuple(grads)
 
 
-def _full_precision(device: str) -> AbstractContextManager[Any]:
+def full_precision(device: str) -> AbstractContextManager[Any]:
     """Autocast, which would round the operands of a product to 16 bits, is off within."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 

@@ -7,7 +7,7 @@ numbers that are summed together. Inference only: gradients do not flow through 
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class QuantizedLayer(nn.Module):
     """
 
     by_name_only: ClassVar[bool] = False  # whether only a rule with its exact name or type may quantize it
+    computes: ClassVar[tuple[str, ...]] = ("forward",)  # the float layer's methods that this one stands in for
 
     codes: Tensor
     scale: Tensor
@@ -72,15 +73,11 @@ class QuantizedLayer(nn.Module):
 
     @classmethod
     @abstractmethod
-    def replacing(
-        cls,
-        module: nn.Module,
-        weight: QTensor,
-        scheme: Scheme,
-        input_scale: Tensor | None = None,
-        input_zero_point: Tensor | None = None,
-    ) -> "QuantizedLayer":
-        """The 8-bit layer that stands in for a float one, with its weight matrix quantized already."""
+    def replacing(cls, module: nn.Module, weight: QTensor, scheme: Scheme, **calibrated: Any) -> "QuantizedLayer":
+        """The 8-bit layer that stands in for a float one, with its weight matrix quantized already.
+
+        ``calibrated``: the ``input_scale`` and ``input_zero_point`` of a static scheme.
+        """
 
     @classmethod
     def obstacle(cls, module: nn.Module, scheme: Scheme) -> str | None:
@@ -93,6 +90,16 @@ class QuantizedLayer(nn.Module):
         except OctavoError as error:
             return str(error)
         return None
+
+    @classmethod
+    def same(cls, module: nn.Module) -> bool:
+        """Whether a float layer whose class overrides one of ``computes`` still computes the same."""
+        return False
+
+    @classmethod
+    def runs(cls, scheme: Scheme) -> Scheme:
+        """The part of the scheme that means something to this kind of layer."""
+        return scheme
 
     @classmethod
     def from_float(cls, module: nn.Module, scheme: Scheme) -> "QuantizedLayer":

@@ -3,8 +3,10 @@
 Stands in for ``torch.nn.Linear`` and for transformers' ``Conv1D`` (GPT-2), whose weight is stored the other way round.
 """
 
+import copy
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,6 +47,11 @@ class QuantizedLinear(QuantizedLayer):
         """The 8-bit layer in the place of a Linear or a Conv1D."""
         return cls(weight, getattr(module, "bias", None), scheme, is_conv1d(module), **calibrated)
 
+    @classmethod
+    def same(cls, module: nn.Module) -> bool:
+        """Whether a subclass of Linear with a forward of its own (Falcon's) still computes the same."""
+        return isinstance(module, nn.Linear) and _computes_linear(module)
+
     @property
     def weight(self) -> Tensor:
         """The weight as a float tensor, for models that read it past ``forward``; made anew each time."""
@@ -67,3 +74,36 @@ class QuantizedLinear(QuantizedLayer):
         clamp = "" if self.clamp is None else f", clamp={self.clamp}"
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {describe(self.scheme)}{clamp}"
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether a class with a forward of its own still computes ``x Wᵀ + b`` and nothing else.
+
+    It must hold nothing but weight and bias (an adapter holds more), and is tried on numbers of several sizes, as rows
+    and as batches, in both modes. A layer without numbers (on meta) is tried with made-up ones.
+    """
+    own = {*dict(module.named_parameters()), *dict(module.named_buffers())}
+    if own - {"weight", "bias"} or any(module.children()):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    twin = copy.deepcopy(module)
+    if module.weight.is_meta:
+        twin = twin.to_empty(device="cpu")
+        for parameter in twin.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    weight, bias = twin.weight, twin.bias
+    slack = max(1e-4, 4 * torch.finfo(weight.dtype).eps)
+    for shape, size, training in [((3,), 1.0, False), ((2, 3), 1e-3, True), ((2, 3), 1e3, False), ((5,), 30.0, True)]:
+        x = size * torch.randn(*shape, twin.in_features, generator=generator)
+        x = x.to(weight.device, weight.dtype)
+        try:
+            y = twin.train(training).forward(x)  # past the hooks, which are not ours to call
+        except Exception:  # it wants something else than rows
+            return False
+        expected = F.linear(x, weight, bias)
+        if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
+            return False
+        if not torch.allclose(y, expected, rtol=slack, atol=slack * float(expected.abs().max() + 1e-6)):
+            return False
+    return True

@@ -3,20 +3,27 @@
 A layer is what ``named_modules`` finds under one or several names; all names of one layer are swapped together.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from octavo.core.schemes import Scheme
+from octavo.nn.conv import QuantizedConv, QuantizedConvTranspose
+from octavo.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from octavo.nn.layer import QuantizedLayer
 from octavo.nn.linear import QuantizedLinear, is_conv1d
 
 #: Which 8-bit layer stands in for which float one; a subclass counts where it computes the same.
-KINDS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QuantizedLinear}
+KINDS: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QuantizedLinear,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), QuantizedConv),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), QuantizedConvTranspose),
+    nn.Embedding: QuantizedEmbedding,
+    nn.EmbeddingBag: QuantizedEmbeddingBag,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,59 +134,30 @@ def _eight_bit(module: nn.Module) -> type[QuantizedLayer] | None:
 def _obstacle(module: nn.Module) -> str | None:
     if is_conv1d(module):
         return None
+    if any(is_lazy(p) for p in module.parameters(recurse=False)):
+        return "its parameters have no shape yet; run the model once on real data first"
     kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
     if kind is None:
         matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
         return f"{type(module).__name__} has no 8-bit form" if matrix else "no matrix"
-    if "forward" in vars(module):
+    methods = KINDS[kind].computes
+    if any(method in vars(module) for method in methods):
         return "somebody put another forward into this very module"
     if "weight" not in module._parameters and not _computed(module):
         return "a hook computes its weight (weight_norm, pruning); make it permanent first"
-    if type(module).forward is not kind.forward and not (isinstance(module, nn.Linear) and _computes_linear(module)):
-        return f"{type(module).__name__} overrides {kind.__name__}.forward with something else"
     weight = module.weight
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point() or torch.finfo(weight.dtype).bits < 16:
         return f"its weight is {weight.dtype}".replace("torch.", "")
+    changed = [method for method in methods if getattr(type(module), method) is not getattr(kind, method)]
+    if changed and not KINDS[kind].same(module):
+        return f"{type(module).__name__} overrides {kind.__name__}.{changed[0]} with something else"
     return None
 
 
 def _computed(module: nn.Module) -> bool:
     """Whether torch.nn.utils.parametrize computes the layer's weight, so that reading it gives the right one."""
     return isinstance(module, tuple(KINDS)) and parametrize.is_parametrized(module, "weight")
-
-
-@torch.no_grad()
-def _computes_linear(module: nn.Linear) -> bool:
-    """Whether a class with a forward of its own (Falcon's) still computes ``x Wᵀ + b`` and nothing else.
-
-    It must hold nothing but weight and bias (an adapter holds more), and is tried on numbers of several sizes, as rows
-    and as batches, in both modes. A layer without numbers (on meta) is tried with made-up ones.
-    """
-    own = {*dict(module.named_parameters()), *dict(module.named_buffers())}
-    if own - {"weight", "bias"} or any(module.children()):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    twin = copy.deepcopy(module)
-    if module.weight.is_meta:
-        twin = twin.to_empty(device="cpu")
-        for parameter in twin.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    weight, bias = twin.weight, twin.bias
-    slack = max(1e-4, 4 * torch.finfo(weight.dtype).eps)
-    for shape, size, training in [((3,), 1.0, False), ((2, 3), 1e-3, True), ((2, 3), 1e3, False), ((5,), 30.0, True)]:
-        x = size * torch.randn(*shape, twin.in_features, generator=generator)
-        x = x.to(weight.device, weight.dtype)
-        try:
-            y = twin.train(training).forward(x)  # past the hooks, which are not ours to call
-        except Exception:  # it wants something else than rows
-            return False
-        expected = F.linear(x, weight, bias)
-        if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
-            return False
-        if not torch.allclose(y, expected, rtol=slack, atol=slack * float(expected.abs().max() + 1e-6)):
-            return False
-    return True
 
 
 def _read_by_their_parent(model: nn.Module) -> dict[nn.Module, str]:
