@@ -18,7 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from octavo.calibration.batches import Call
 from octavo.nn import swap
+from octavo.nn.conv import QuantizedConv
 from octavo.nn.layer import QuantizedLayer
+from octavo.nn.linear import QuantizedLinear
 from octavo.nn.trace import Step, Trace, trace, trace_symbolically
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -81,8 +83,8 @@ def fuse_relu_(model: nn.Module, example: Any = None, call: Call | None = None) 
         try:
             source = _sole_source(model, flow, name)
             layer = model.get_submodule(source.name)
-            if not isinstance(layer, QuantizedLayer):
-                raise _Stays(f"its input comes from {source.name}, {_a(layer)}, which is not in 8 bits")
+            if not isinstance(layer, QuantizedLinear | QuantizedConv):
+                raise _Stays(f"its input comes from {source.name}, {_a(layer)}, not from an 8-bit layer that can clamp")
             if layer.clamp is not None:
                 raise _Stays(f"{source.name} has taken over another activation")
         except _Stays as why:

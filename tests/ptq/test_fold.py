@@ -272,11 +272,23 @@ def test_fused_activations_give_the_same_numbers(scheme, dtype, example):
     assert copy.deepcopy(model)[2].clamp == (0, 6)
 
 
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-weight-only"])
+@pytest.mark.parametrize("name", ["mobilenet", "decoder"])
+def test_convolutions_take_activations_over(name, scheme):
+    model = NETWORKS[name]()
+    fold_batch_norms_(model, images())
+    ov.quantize_(model, scheme)
+    expected = model(images())
+    fused = fuse_relu_(model, images())
+    assert len(fused.pairs) == {"mobilenet": 5, "decoder": 2}[name] and not fused.left
+    assert torch.equal(model(images()), expected)
+
+
 def test_activations_that_stay():
     shared = nn.ReLU()
     model = multilayer(shared, shared, nn.ReLU(), nn.GELU())
     left = fuse_relu_(model, torch.randn(2, 6)).left
-    assert "runs 2 times" in left["1"] and "a Linear, which is not in 8 bits" in left["5"] and "7" not in left
+    assert "runs 2 times" in left["1"] and "a Linear, not from an 8-bit layer" in left["5"] and "7" not in left
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.ReLU6())
     ov.quantize_(model, "int8-dynamic")
     assert fuse_relu_(model, torch.randn(2, 6)).pairs == [("0", "1")]
