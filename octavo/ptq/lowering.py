@@ -1,0 +1,693 @@
+"""Every operator of an exported graph as one on codes, or an error that names it.
+
+- A BatchNorm behind a layer is folded into its weights, a ReLU behind anything that rounds becomes its limits.
+- Linear layers and convolutions get symmetric weights, a scale an output channel, and int32 biases.
+- Sums, products, concatenations, means and adaptive average pools bring their inputs to a scale of their own.
+- Average pools, as in TensorFlow Lite, and whatever only chooses, moves or copies numbers keep their input's scale.
+- Any function of one number (sigmoid, GELU, a BatchNorm that stands alone, …) becomes a table of its codes.
+"""
+
+import itertools
+import math
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from octavo.core.cast import Cast, quantize_scaled
+from octavo.core.formats import Format, IntegerFormat
+from octavo.core.granularity import PerChannel, expand_blocks
+from octavo.core.scaling import Current, Static, compute_scale
+from octavo.errors import OctavoError
+from octavo.nn.integer.elementwise import Add, Clamp, Concatenate, Constant, Lookup, Multiply
+from octavo.nn.integer.encoding import Encoding
+from octavo.nn.integer.model import Input, IntegerModel
+from octavo.nn.integer.moves import MOVES, Move, Pad, Reshape
+from octavo.nn.integer.op import IntegerOp
+from octavo.nn.integer.pools import AdaptiveAveragePool, AdaptiveMaxPool, AveragePool, Maximum, MaxPool, Mean
+from octavo.nn.integer.sums import Convolution, Linear
+from octavo.ptq.export import Exported, operator_name, where
+
+LARGEST_BIAS = 1 << 30  # leaves the other half of int32 to the products
+FINEST = 1 / 256  # of what a sum counts in: codes finer than that show nothing more
+#: Makes an operation from the encodings of its inputs and the encoding that its calibrated range asks for, if any.
+Build = Callable[[list[Encoding], Encoding | None], IntegerOp]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One operation to be: its name, the tensors it takes, the node whose range its output should span, if its own."""
+
+    name: str
+    takes: list[int]
+    build: Build
+    observed: fx.Node | None
+
+
+class Plan:
+    """What becomes of every node of an exported graph, found before any data is seen.
+
+    Raises ``OctavoError`` for a node that cannot run on integers, with its name and line.
+    """
+
+    def __init__(self, exported: Exported, others: dict[str, Any], weight: Cast, activation: Cast) -> None:
+        self.exported, self.others, self.weight, self.activation = exported, others, weight, activation
+        self.tensors: dict[fx.Node, int] = {}  # those that will be codes, by number
+        self.constants: dict[fx.Node, Any] = dict(exported.state)
+        self.steps: list[_Step] = []
+        for node in exported.inputs.values():
+            self.tensors[node] = len(self.tensors)
+        self.given = len(self.tensors)
+        _raise_limits(exported.module.graph)
+        for node in exported.module.graph.nodes:
+            if node not in self.tensors and node not in self.constants:
+                self._follow(node)
+        self.result = self._numbered(exported.result)
+
+    @property
+    def observed(self) -> list[fx.Node]:
+        """The nodes whose ranges are needed."""
+        return [*self.exported.inputs.values(), *(step.observed for step in self.steps if step.observed is not None)]
+
+    def build(self, ranges: dict[fx.Node, Encoding]) -> IntegerModel:
+        """The model, given the encoding that each observed node's range asks for."""
+        inputs = [
+            Input(name, ranges[node], tuple(n if type(n) is int else str(n) for n in node.meta["val"].shape))
+            for name, node in self.exported.inputs.items()
+        ]
+        encodings = [x.encoding for x in inputs]
+        operations = []
+        for step in self.steps:
+            observed = None if step.observed is None else ranges[step.observed]
+            try:
+                operation = step.build([encodings[i] for i in step.takes], observed)
+            except OctavoError as error:
+                raise OctavoError(f"{step.name}: {error}") from error
+            operations.append(operation)
+            encodings.append(operation.output)
+        names, wiring = [step.name for step in self.steps], [step.takes for step in self.steps]
+        device = next(iter(self.exported.state.values()), torch.empty(0)).device
+        return IntegerModel(inputs, operations, wiring, names, self.result).eval().to(device)
+
+    # --- following the graph
+
+    def _follow(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.constants[node] = self.others.get(str(node.target), node.meta.get("val"))
+        elif node.op == "get_attr":
+            self.constants[node] = _attribute(self.exported.module, str(node.target))
+        elif node.op == "call_function" and not isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat):
+            if any(x in self.tensors for x in node.all_input_nodes):
+                self._lower(node)
+            elif all(x in self.constants for x in node.all_input_nodes):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self.constants.__getitem__)
+                self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            else:
+                raise OctavoError(f"{where(node)} is made of the input's size, which codes are not")
+
+    def _lower(self, node: fx.Node) -> None:
+        name = operator_name(node)
+        handler = _HANDLERS.get(name)
+        if handler is not None:
+            handler(self, node)
+        elif name in MOVES:
+            self._move(node)
+        elif _is_function(node):
+            self._function(node)
+        else:
+            raise _unsupported(node)
+
+    def _plan(
+        self, node: fx.Node, last: fx.Node, takes: Sequence[fx.Node | int], build: Build, observed: bool = True
+    ) -> None:
+        """One more operation: it starts with ``node``, and what it gives is ``last``'s."""
+        numbers = [self.tensors[x] if isinstance(x, fx.Node) else x for x in takes]
+        self.tensors[last] = self.given + len(self.steps)
+        self.steps.append(_Step(where(node), numbers, build, last if observed else None))
+
+    def _keep(self, node: fx.Node, x: fx.Node, build: Callable[[list[Encoding], Encoding], IntegerOp]) -> None:
+        """One more operation whose output has its input's encoding."""
+        self._plan(node, node, [x], lambda inputs, _: build(inputs, inputs[0]), observed=False)
+
+    def _numbered(self, result: Any) -> Any:
+        """The model's result with tensors' numbers for places in the graph's output."""
+        if isinstance(result, dict):
+            return {key: self._numbered(part) for key, part in result.items()}
+        if isinstance(result, list | tuple):
+            return type(result)(map(self._numbered, result))
+        node = self.exported.outputs[result]
+        if node is None or node in self.tensors:
+            return None if node is None else self.tensors[node]
+        raise OctavoError("the model returns something that does not depend on its input; leave it out")
+
+    def _value(self, node: fx.Node, x: Any, what: str) -> Any:
+        """An argument that must not depend on the data."""
+        if isinstance(x, fx.Node):
+            if x not in self.constants:
+                raise OctavoError(f"{where(node)}: its {what} depends on the input; on integers it must be known ahead")
+            return self.constants[x]
+        if isinstance(x, list | tuple):
+            return [self._value(node, part, what) for part in x]
+        return x
+
+    # --- what stands behind an operation and becomes part of it
+
+    def _limits(self, last: fx.Node) -> tuple[fx.Node, "_Limits"]:
+        """The last of the clamps that alone read ``last``, and what they leave."""
+        limits = _Limits()
+        while len(last.users) == 1:
+            user = next(iter(last.users))
+            found = _limits_of(user)
+            if found is None:
+                break
+            last, limits = user, limits.then(found)
+        return last, limits
+
+    def _norm(self, last: fx.Node) -> tuple[fx.Node, Tensor, Tensor] | None:
+        """The BatchNorm that alone reads ``last``: its result, and what it multiplies by and adds."""
+        user = next(iter(last.users)) if len(last.users) == 1 else None
+        if user is None or operator_name(user) not in _NORMS:
+            return None
+        return _first_result(user), *self._norm_terms(user)
+
+    def _norm_terms(self, node: fx.Node) -> tuple[Tensor, Tensor]:
+        given = {name: self._value(node, x, name) for name, x in _bound(node).items() if name != "input"}
+        if given.get("training") or given["running_mean"] is None:
+            raise OctavoError(
+                f"{where(node)} takes its statistics from each batch, which has no place on integers; train it with "
+                "track_running_stats"
+            )
+        mean, variance = given["running_mean"].double(), given["running_var"].double()
+        factor = (variance + given["eps"]).rsqrt()
+        factor = factor if given["weight"] is None else factor * given["weight"].double()
+        term = -mean * factor
+        return factor, term if given["bias"] is None else term + given["bias"].double()
+
+    # --- operations
+
+    def _linear(self, node: fx.Node) -> None:
+        given = _bound(node)
+        weight = self._value(node, given["weight"], "weight")
+        self._weighted(node, Linear, given["input"], weight, self._value(node, given["bias"], "bias"))
+
+    def _matmul(self, node: fx.Node) -> None:
+        x, other = list(_bound(node).values())[:2]
+        if x not in self.tensors or len(other.meta["val"].shape) != 2:
+            raise OctavoError(
+                f"{where(node)}: a product of matrices runs on integers if the second is a weight [in, out]"
+            )
+        self._weighted(node, Linear, x, self._value(node, other, "second matrix").mT, None)
+
+    def _addmm(self, node: fx.Node) -> None:
+        given = _bound(node)
+        if given["beta"] != 1 or given["alpha"] != 1 or given["mat1"] not in self.tensors:
+            raise _unsupported(node)
+        bias = self._value(node, given["self"], "bias")
+        weight = self._value(node, given["mat2"], "second matrix").mT
+        self._weighted(node, Linear, given["mat1"], weight, bias.expand(weight.shape[0]))
+
+    def _convolution(self, node: fx.Node) -> None:
+        given = _bound(node)
+        x, weight = given["input"], self._value(node, given["weight"], "weight")
+        size = weight.shape[2:]
+        dims, groups = len(size), given["groups"]
+        if len(x.meta["val"].shape) != dims + 2:
+            raise OctavoError(f"{where(node)} takes one image without a batch; give it a batch of one")
+        stride, dilation = (_each(given[name], dims) for name in ("stride", "dilation"))
+        spans = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+        padding = given["padding"]
+        if isinstance(padding, str):
+            sides = [(n // 2, n - n // 2) if padding == "same" else (0, 0) for n in spans]
+        else:
+            sides = [(n, n) for n in _each(padding, dims)]
+        spread = [1] * dims
+        if "transpose" in operator_name(node) or given.get("transposed"):
+            extra = _each(given["output_padding"], dims)
+            each = zip(spans, sides, extra, strict=True)
+            sides = [(span - before, span - after + more) for span, (before, after), more in each]
+            weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(*range(2, dims + 2))
+            stride, spread = [1] * dims, stride
+        settings = {"stride": stride, "padding": tuple(sides), "dilation": dilation, "groups": groups, "spread": spread}
+        self._weighted(node, Convolution, x, weight, self._value(node, given["bias"], "bias"), **settings)
+
+    def _weighted(
+        self,
+        node: fx.Node,
+        kind: type[Linear | Convolution],
+        x: fx.Node,
+        weight: Tensor,
+        bias: Tensor | None,
+        **settings: Any,
+    ) -> None:
+        if x not in self.tensors:
+            raise _unsupported(node)
+        weight = weight.double()
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.double()
+        last = node
+        norm = self._norm(node) if kind is Convolution or len(node.meta["val"].shape) == 2 else None
+        if norm is not None:
+            last, factor, term = norm
+            weight, bias = weight * factor.reshape(-1, *(1,) * (weight.dim() - 1)), bias * factor + term
+        last, limits = self._limits(last)
+
+        def build(inputs: list[Encoding], observed: Encoding | None) -> IntegerOp:
+            codes, scale, whole = _quantized(weight, bias, inputs[0], self.weight)
+            output = limits.on(observed, inputs[0].scale * float(scale.max()))
+            return kind(inputs, output, codes, scale, whole, **settings)
+
+        self._plan(node, last, [x], build)
+
+    def _arithmetic(self, node: fx.Node) -> None:
+        """Add, subtract, multiply: of two tensors, or of one and a constant."""
+        given = _bound(node)
+        operands = [given["self"], given["other"]]
+        if not all(x in self.tensors for x in operands) and self._function(node, strict=False):
+            return
+        kind = operator_name(node)
+        if given.get("alpha", 1) != 1:
+            raise OctavoError(f"{where(node)}: alpha is {given['alpha']}; multiply the second tensor first")
+        takes = [x if x in self.tensors else self._constant(node, x) for x in operands]
+        last, limits = self._limits(node)
+
+        def build(inputs: list[Encoding], observed: Encoding | None) -> IntegerOp:
+            scales = [encoding.scale for encoding in inputs]
+            if kind == "mul":
+                return Multiply(inputs, limits.on(observed, math.prod(scales)))
+            return Add(inputs, limits.on(observed, max(scales)), -1 if kind == "sub" else 1)
+
+        self._plan(node, last, takes, build)
+
+    def _constant(self, node: fx.Node, x: Any) -> int:
+        """A constant operand as codes, with a range of its own."""
+        values = torch.as_tensor(self._value(node, x, "operand")).double().cpu()
+        if not bool(values.isfinite().all()):
+            raise OctavoError(f"{where(node)}: its constant holds NaN or Inf")
+        how = self.activation
+        now = Current(how.scale.power_of_two) if isinstance(how.scale, Static) else how.scale
+        scale, zero_point = compute_scale(values.flatten(), (values.numel(),), how.format, now, how.affine)
+        encoding = encoding_of(how.format, float(scale), None if zero_point is None else int(zero_point))
+        codes = encoding.quantize(values)
+        self.steps.append(_Step(f"{where(node)}: constant", [], lambda *_: Constant([], encoding, codes), None))
+        return self.given + len(self.steps) - 1
+
+    def _concatenate(self, node: fx.Node) -> None:
+        given = _bound(node)
+        takes = [x if x in self.tensors else self._constant(node, x) for x in given["tensors"]]
+        last, limits = self._limits(node)
+
+        def build(inputs: list[Encoding], observed: Encoding | None) -> IntegerOp:
+            return Concatenate(inputs, limits.on(observed, max(x.scale for x in inputs)), given["dim"])
+
+        self._plan(node, last, takes, build)
+
+    def _function(self, node: fx.Node, strict: bool = True) -> bool:
+        """Any operator that works number by number, with constants for all operands but one; False if it cannot."""
+        operands = [x for x in node.all_input_nodes if x in self.tensors]
+        x, rank = operands[0], len(operands[0].meta["val"].shape)
+        if len(operands) > 1 or str(node.meta["val"].shape) != str(x.meta["val"].shape):
+            if strict:
+                raise _unsupported(node)
+            return False
+
+        def apply(values: Tensor) -> Tensor:
+            def operand(other: fx.Node) -> Any:
+                constant = values if other is x else self._value(node, other, "operand")
+                if constant is values or not isinstance(constant, Tensor):
+                    return constant
+                constant = (constant.double() if constant.is_floating_point() else constant).cpu()
+                return constant.reshape(*(1,) * (rank - constant.dim()), *constant.shape, 1)
+
+            args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
+            result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+            return result
+
+        return self._tabulate(node, node, x, apply, strict)
+
+    def _prelu(self, node: fx.Node) -> None:
+        given = _bound(node)
+        x = given["self"]
+        slope = self._value(node, given["weight"], "slope").double().cpu()
+        behind = max(len(x.meta["val"].shape) - 2, 0) + 1 if slope.numel() > 1 else 0
+        slope = slope.reshape(-1, *(1,) * behind)
+        self._tabulate(node, node, x, lambda values: torch.where(values > 0, values, values * slope))
+
+    def _batch_norm(self, node: fx.Node) -> None:
+        """One that could not be folded."""
+        x = _bound(node)["input"]
+        factor, term = (t.cpu().reshape(-1, *(1,) * (len(x.meta["val"].shape) - 1)) for t in self._norm_terms(node))
+        self._tabulate(node, _first_result(node), x, lambda values: values * factor + term)
+
+    def _tabulate(
+        self,
+        node: fx.Node,
+        last: fx.Node,
+        x: fx.Node,
+        apply: Callable[[Tensor], Tensor],
+        strict: bool = True,
+    ) -> bool:
+        """``apply`` takes float64 [codes] to [codes], or to […, codes] with one number a channel before it."""
+        rank = len(x.meta["val"].shape)
+        lead = list(apply(torch.zeros(1, dtype=torch.float64)).shape[:-1])
+        varying = [dim for dim, n in enumerate(lead, -len(lead)) if n != 1]
+        if len(varying) > 1 or len(lead) > rank:
+            if strict:
+                raise OctavoError(f"{where(node)}: its constants vary along several dimensions, one is possible")
+            return False
+        last, limits = self._limits(last)
+
+        def build(inputs: list[Encoding], observed: Encoding | None) -> IntegerOp:
+            output = limits.on(observed, 0.0)
+            codes = torch.arange(inputs[0].low, inputs[0].high + 1)
+            values = inputs[0].values(codes)
+            result = apply(values).double()
+            result = result.reshape(-1, len(codes)) if varying else result.reshape(-1)
+            if bool(result.isnan().any()):
+                bad = float(values[result.reshape(-1, len(codes)).isnan().any(0)][0])
+                raise OctavoError(f"its result is NaN for {bad:g}, which its input's codes hold")
+            return Lookup(inputs, output, output.quantize(result), varying[0] if varying else None)
+
+        self._plan(node, last, [x], build)
+        return True
+
+    def _clamp(self, node: fx.Node) -> None:
+        """One that could not become the limits of what stands before it."""
+        found = _limits_of(node)
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        if found is None:
+            self._function(node)
+            return
+        limits = found
+        self._plan(node, node, [x], lambda ins, _: Clamp(ins, ins[0].limited(limits.low, limits.high)), observed=False)
+
+    def _max_pool(self, node: fx.Node) -> None:
+        windows = _windows(node)
+        self._keep(node, _bound(node)["self"], lambda inputs, output: MaxPool(inputs, output, windows))
+
+    def _average_pool(self, node: fx.Node) -> None:
+        given = _bound(node)
+        settings = (_windows(node), given["count_include_pad"], given.get("divisor_override"))
+        self._keep(node, given["self"], lambda inputs, output: AveragePool(inputs, output, *settings))
+
+    def _adaptive_max_pool(self, node: fx.Node) -> None:
+        given = _bound(node)
+        size = self._adaptive_size(node, given)
+        self._keep(node, given["self"], lambda inputs, output: AdaptiveMaxPool(inputs, output, size))
+
+    def _adaptive_average_pool(self, node: fx.Node) -> None:
+        given = _bound(node)
+        size = self._adaptive_size(node, given)
+        self._average(node, given["self"], lambda inputs, output: AdaptiveAveragePool(inputs, output, size))
+
+    def _mean(self, node: fx.Node) -> None:
+        given = _bound(node)
+        dims = _from_the_last(given["self"], given.get("dim"))
+        keepdim = bool(given.get("keepdim", False))
+        self._average(node, given["self"], lambda inputs, output: Mean(inputs, output, dims, keepdim))
+
+    def _average(self, node: fx.Node, x: fx.Node, make: Callable[[list[Encoding], Encoding], IntegerOp]) -> None:
+        last, limits = self._limits(node)
+        self._plan(node, last, [x], lambda inputs, observed: make(inputs, limits.on(observed, inputs[0].scale)))
+
+    def _maximum(self, node: fx.Node) -> None:
+        given = _bound(node)
+        if "other" in given:
+            self._function(node)
+            return
+        dims = _from_the_last(given["self"], given.get("dim"))
+        keepdim = bool(given.get("keepdim", False))
+        self._keep(node, given["self"], lambda inputs, output: Maximum(inputs, output, dims, keepdim))
+
+    def _adaptive_size(self, node: fx.Node, given: dict[str, Any]) -> list[int | None]:
+        x = given["self"]
+        wanted = _each(given["output_size"], _dimensions(node))
+        size: list[int | None] = []
+        for dim, n in enumerate(wanted, -len(wanted)):
+            if isinstance(n, fx.Node) and n.meta["val"] != x.meta["val"].shape[dim]:
+                raise OctavoError(f"{where(node)}: its size is computed from the input's; give it a fixed one")
+            size.append(None if isinstance(n, fx.Node) else n)
+        return size
+
+    def _pad(self, node: fx.Node) -> None:
+        given = _bound(node)
+        if given.get("mode", "constant") != "constant":
+            self._move(node)
+            return
+        ends = self._value(node, given["pad"], "padding")
+        sides = [(ends[i], ends[i + 1]) for i in range(len(ends) - 2, -1, -2)]
+        value = float(given["value"] or 0.0)
+
+        def build(inputs: list[Encoding], output: Encoding) -> IntegerOp:
+            code = int(output.quantize(torch.tensor(value, dtype=torch.float64)))
+            return Pad(inputs, output, sides, code)
+
+        self._keep(node, given["self"], build)
+
+    def _reshape(self, node: fx.Node) -> None:
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        before, after = x.meta["val"].shape, node.meta["val"].shape
+        kept: list[tuple[int, int]] = []
+        free: list[tuple[int, int]] = []
+        shape = [n if type(n) is int else -1 for n in after]
+        for place, n in enumerate(after):
+            if type(n) is not int:
+                same = [dim for dim, m in enumerate(before) if type(m) is not int and str(m) == str(n)]
+                (kept if same else free).append((place, same[0] if same else -1))
+        if len(free) > 1:
+            raise OctavoError(f"{where(node)}: more than one of its sizes is computed from the input's")
+        if not free and len(kept) == 1:
+            kept = []  # −1 says it
+        self._keep(node, x, lambda inputs, output: Reshape(inputs, output, shape, kept))
+
+    def _expand(self, node: fx.Node) -> None:
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        before, after = x.meta["val"].shape, node.meta["val"].shape
+        sizes = []
+        for dim, n in enumerate(after, len(before) - len(after)):
+            own = before[dim] if dim >= 0 else 1
+            if type(n) is not int and str(own) != str(n):
+                raise OctavoError(f"{where(node)}: its size is computed from another tensor's; give it a fixed one")
+            sizes.append(n if type(n) is int else -1)
+        self._keep(node, x, lambda inputs, output: Move(inputs, output, "expand.default", [sizes]))
+
+    def _move(self, node: fx.Node) -> None:
+        given = _bound(node)
+        x, *rest = given.values()
+        operator = f"{operator_name(node)}.{node.target._overloadname}"  # type: ignore[union-attr]
+        arguments = self._value(node, rest, "arguments")
+        self._keep(node, x, lambda inputs, output: Move(inputs, output, operator, arguments))
+
+    def _split(self, node: fx.Node) -> None:
+        """Each part that is taken up is a slice."""
+        given = _bound(node)
+        x, dim = given["self"], given.get("dim", 0)
+        sizes: Any = given.get("split_sizes", given.get("split_size"))
+        for user in node.users:
+            if user.target is not operator.getitem:
+                raise _unsupported(user)
+            part = int(user.args[1])  # type: ignore[arg-type]
+            if operator_name(node) == "unbind":
+                self._keep(user, x, _mover("select.int", [dim, part]))
+                continue
+            starts = [part * sizes] if isinstance(sizes, int) else list(itertools.accumulate(sizes[:part], initial=0))
+            length = sizes if isinstance(sizes, int) else sizes[part]
+            if not all(isinstance(n, int) for n in (starts[-1], length)):
+                raise OctavoError(f"{where(node)}: its sizes are computed from the input's; give it fixed ones")
+            self._keep(user, x, _mover("slice.Tensor", [dim, starts[-1], starts[-1] + length]))
+
+    def _item(self, node: fx.Node) -> None:
+        """The first result of an operator that has several; a split's are there already."""
+        source, part = node.args
+        assert isinstance(source, fx.Node)
+        if part != 0:
+            raise OctavoError(f"{where(source)}: only its first result can be computed on integers")
+        self.tensors[node] = self.tensors[source]
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Where clamps leave a tensor."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def then(self, other: "_Limits") -> "_Limits":
+        """Both, one after the other."""
+        low, high = (min(max(end, other.low), other.high) for end in (self.low, self.high))
+        return _Limits(low, high)
+
+    def on(self, observed: Encoding | None, unit: float) -> Encoding:
+        """The encoding of a tensor so limited: as its range asks for, but not much finer than its sums count."""
+        assert observed is not None
+        return observed.coarser(unit * FINEST).limited(self.low, self.high)
+
+
+def encoding_of(fmt: Format, scale: float, zero_point: int | None) -> Encoding:
+    """The encoding of a tensor with that scale; without a zero point codes are symmetric."""
+    assert isinstance(fmt, IntegerFormat)
+    if zero_point is None:
+        most = min(fmt.high, -fmt.low)
+        return Encoding(scale, 0, -most, most, fmt)
+    return Encoding(scale, zero_point, fmt.low, fmt.high, fmt)
+
+
+def _quantized(weight: Tensor, bias: Tensor, x: Encoding, how: Cast) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scales [out] of a weight, and its bias [out] in units of their product with the input's scale.
+
+    Where the bias would not fit, its channel's scale grows until it does: its weights are next to nothing beside it.
+    """
+    matrix = weight.flatten(1)
+    if not bool(matrix.isfinite().all() and bias.isfinite().all()):
+        raise OctavoError("its weights, with a BatchNorm folded into them, hold NaN or Inf")
+    block = how.granularity.block(tuple(matrix.shape))
+    scale, _ = compute_scale(matrix, block, how.format, how.scale, affine=False)
+    scale = expand_blocks(scale, tuple(matrix.shape), block)[:, 0].float()
+    least = bias.abs() / (x.scale * LARGEST_BIAS)
+    if isinstance(how.scale, Current) and how.scale.power_of_two:
+        least = torch.exp2(least.log2().ceil())
+    scale = torch.maximum(scale, least.float())
+    channels = Cast(how.format, PerChannel(0), Static(), how.rounding)
+    codes = quantize_scaled(matrix, channels, scale.unsqueeze(1)).codes.reshape(weight.shape)
+    return codes, scale, (bias / (x.scale * scale.double())).round().int()
+
+
+def _raise_limits(graph: fx.Graph) -> None:
+    """Let clamps change places with max pools and moves before them, so that a sum can take them over."""
+    for node in list(graph.nodes):
+        if _limits_of(node) is None:
+            continue
+        top = first = node.args[0]
+        while operator_name(first) in _COMMUTING and len(first.users) == 1:
+            below, first = first, first.args[0]
+        source = first.args[0] if first.target is operator.getitem else first
+        if first is top or len(first.users) > 1 or operator_name(source) not in _ROUNDING:
+            continue
+        with graph.inserting_after(first):
+            clamp = graph.create_node("call_function", node.target, (first, *node.args[1:]), node.kwargs)
+        clamp.meta = {**node.meta, "val": first.meta["val"]}
+        below.replace_input_with(first, clamp)
+        node.replace_all_uses_with(top)
+        graph.erase_node(node)
+
+
+def _limits_of(node: fx.Node) -> _Limits | None:
+    """What an operator clamps to, if it does nothing else."""
+    name = operator_name(node)
+    if name not in _CLAMPS:
+        return None
+    given = list(_bound(node).values())[1:]
+    low, high = {"relu": (0, None), "relu6": (0, 6), "clamp_max": (None, *given)}.get(name, (*given, None)[:2])
+    if any(isinstance(end, fx.Node) for end in (low, high)):
+        return None
+    return _Limits(-math.inf if low is None else float(low), math.inf if high is None else float(high))
+
+
+def _bound(node: fx.Node) -> dict[str, Any]:
+    """A node's arguments by the names that its operator's schema gives them, defaults included."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    expected = node.target._schema.arguments
+    given = {a.name: a.default_value for a in expected if a.has_default_value()}
+    given |= dict(zip((a.name for a in expected), node.args, strict=False))
+    given |= node.kwargs
+    return {a.name: given[a.name] for a in expected}
+
+
+def _is_function(node: fx.Node) -> bool:
+    """Whether the operator works number by number, the same way each time, and gives real numbers."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    value = node.meta.get("val")
+    return torch.Tag.pointwise in target.tags and isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _first_result(node: fx.Node) -> fx.Node:
+    """Of an operator with several results the node of the first, else the node."""
+    return next((user for user in node.users if user.target is operator.getitem), node)
+
+
+def _unsupported(node: fx.Node) -> OctavoError:
+    known = sorted({re.sub(r"^_|_with_indices$|_?\d?d(?=$|_)", "", name) for name in _HANDLERS if "batch" not in name})
+    return OctavoError(
+        f"{where(node)} cannot run on integers. What can: {', '.join(known)}, batch_norm, functions of one number, "
+        "and what only moves numbers. Leave it out of the model and apply it to the result, or use octavo.quantize_"
+    )
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def _each(x: Any, count: int) -> list[Any]:
+    """One number for every dimension: given as such, as one for all, or as a list of one for all."""
+    numbers = list(x) if isinstance(x, list | tuple) else [x]
+    return numbers * count if len(numbers) == 1 else numbers
+
+
+def _dimensions(node: fx.Node) -> int:
+    """2 for max_pool2d."""
+    found = re.search(r"(\d)d", operator_name(node))
+    assert found is not None
+    return int(found[1])
+
+
+def _windows(node: fx.Node) -> list[list[Any]]:
+    """One window for every dimension of a pool."""
+    given, count = _bound(node), _dimensions(node)
+    stride = given["stride"] or given["kernel_size"]
+    numbers = (given["kernel_size"], stride, given["padding"], given.get("dilation", 1))
+    each = zip(*(_each(x, count) for x in numbers), strict=True)
+    return [[*window, given["ceil_mode"]] for window in each]
+
+
+def _from_the_last(x: fx.Node, dims: Any) -> list[int]:
+    """Dimensions, all for None or none, counted from the last."""
+    rank = len(x.meta["val"].shape)
+    dims = [dims] if isinstance(dims, int) else dims or range(rank)
+    return sorted((dim % rank) - rank for dim in dims)
+
+
+def _mover(name: str, arguments: list[Any]) -> Callable[[list[Encoding], Encoding], IntegerOp]:
+    return lambda inputs, output: Move(inputs, output, name, arguments)
+
+
+_NORMS = ("_native_batch_norm_legit_no_training", "_batch_norm_no_update", "batch_norm", "native_batch_norm")
+_CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max")
+_RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten")
+_HANDLERS: dict[str, Callable[[Plan, fx.Node], Any]] = {
+    **dict.fromkeys(_NORMS, Plan._batch_norm),
+    **dict.fromkeys(_CLAMPS, Plan._clamp),
+    **dict.fromkeys(_RESHAPES, Plan._reshape),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), Plan._convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), Plan._convolution),
+    "linear": Plan._linear,
+    **dict.fromkeys(("matmul", "mm"), Plan._matmul),
+    "addmm": Plan._addmm,
+    **dict.fromkeys(("add", "sub", "mul"), Plan._arithmetic),
+    "cat": Plan._concatenate,
+    "prelu": Plan._prelu,
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), Plan._max_pool),
+    **dict.fromkeys(("max_pool2d_with_indices", "max_pool3d_with_indices"), Plan._max_pool),
+    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), Plan._average_pool),
+    **dict.fromkeys(("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"), Plan._adaptive_max_pool),
+    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), Plan._adaptive_average_pool),
+    **dict.fromkeys(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), Plan._adaptive_average_pool),
+    "mean": Plan._mean,
+    **dict.fromkeys(("amax", "max"), Plan._maximum),
+    **dict.fromkeys(("pad", "constant_pad_nd"), Plan._pad),
+    "expand": Plan._expand,
+    **dict.fromkeys(("split", "split_with_sizes", "unbind"), Plan._split),
+    "getitem": Plan._item,
+}
+_ROUNDING = {*_NORMS, "linear", "matmul", "mm", "addmm", "add", "sub", "mul", "cat", "mean"} | {
+    name for name in _HANDLERS if name.startswith(("conv", "adaptive_avg", "_adaptive_avg"))
+}
+_COMMUTING = {*_RESHAPES, "max_pool1d", "max_pool2d", "max_pool3d", *MOVES} - {"pad"}
