@@ -137,9 +137,9 @@ def mb(size: int) -> str:
     return f"{millions:,.1f}" if millions >= 1 else f"{millions:.3f}"
 
 
-def count(number: int, thing: str) -> str:
-    """``1 layer``, ``2 layers``."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+def count(number: int, thing: str, several: str | None = None) -> str:
+    """``1 layer``, ``2 layers``; ``several`` for what has no plain plural."""
+    return f"{number:,} {thing if number == 1 else several or thing + 's'}"
 
 
 def _console(file: TextIO) -> "Console":

@@ -1,10 +1,8 @@
-"""``octavo evaluate``: the perplexity of a float or an 8-bit model."""
+"""``octavo evaluate``: the perplexity of a float or an 8-bit model, or what a function of the user's says of it."""
 
 import argparse
-from pathlib import Path
-from typing import Any
 
-from octavo.cli import measure
+from octavo.cli import measure, opening
 from octavo.cli.console import Screen
 from octavo.errors import OctavoError
 
@@ -13,84 +11,56 @@ HELP = (
     """\
 Measures perplexity, the number of next tokens that a language model hesitates between: 1 is
 certainty, lower is better. Takes float models and folders that `octavo quantize` wrote; two
-figures compare if text, windows and tokenizer are the same.""",
+figures compare if text, windows and tokenizer are the same. Other models are judged by a Python
+function of yours, see --evaluate.""",
     """\
 examples:
   octavo evaluate demo
-  octavo evaluate small --text novel.txt --windows 32""",
+  octavo evaluate small --text novel.txt --windows 32
+  octavo evaluate small --architecture vision:resnet --evaluate vision:accuracy""",
 )
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a Hugging Face or 8-bit folder, .gguf file, hub name, or 'demo'"
-    )
+    parser.add_argument("model", metavar="MODEL", help=opening.ANY_MODEL)
     measure.dtype_flag(parser)
+    opening.architecture_flag(parser)
     measure.add(parser)
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> None:
     """Open, measure, report."""
-    text = measure.read(arguments)
+    by = measure.read(arguments)
     with screen.phase("load", f"opening {arguments.model}"):
-        model, tokenizer, scheme = _open(arguments)
-    if why := measure.obstacle(model, tokenizer):
-        raise OctavoError(f"{arguments.model} has no perplexity to measure: {why}")
-    tokens = measure.windows(arguments, text, model, tokenizer)
-    found = measure.perplexity(model, tokens, screen, "evaluate")
+        opened = opening.any_model(arguments)
+    judge = measure.judge(arguments, by, opened, screen)
+    if isinstance(judge, str):
+        what = "is not judged" if by is None else "has no perplexity to measure"
+        raise OctavoError(f"{arguments.model} {what}: {judge}")
+    found = judge.measure(opened.model, "evaluate")
     seconds = screen.seconds["evaluate"]
-    screen.facts({"model": f"{arguments.model}: {scheme}"})
+    screen.facts({"model": f"{arguments.model}: {opened.numbers}"})
+    told = {"model": arguments.model, "numbers": opened.numbers}
+    if isinstance(found, measure.Score):
+        screen.facts({judge.name: f"{found.value:.6g}"}, "bold")
+        screen.facts({"over": f"{judge.over}, {seconds:.1f} s"})
+        screen.result({**told, "score": {"name": judge.name, "value": found.value}, "seconds": screen.seconds})
+        return
+    assert judge.tokens is not None
+    tokens = judge.tokens
     screen.facts({"perplexity": f"{found.value:.3f}"}, "bold")
-    screen.facts(
-        {"over": measure.on(tokens, text), "speed": f"{tokens.numel() / seconds:,.0f} tokens/s, {seconds:.1f} s"}
-    )
+    screen.facts({"over": judge.over, "speed": f"{tokens.numel() / seconds:,.0f} tokens/s, {seconds:.1f} s"})
     screen.result(
         {
-            "model": arguments.model,
-            "numbers": scheme,
+            **told,
             "perplexity": found.value,
             "loss": found.loss,
             "tokens": found.tokens,
             "windows": tokens.shape[0],
             "window": tokens.shape[1],
-            "text": text.source,
+            "text": by.source if isinstance(by, measure.Text) else None,
             "tokens_per_second": tokens.numel() / seconds,
             "seconds": screen.seconds,
         }
     )
-
-
-def _open(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
-    """The model, its tokenizer, and its numbers in words."""
-    from octavo.io import checkpoint, huggingface, loading
-
-    path = huggingface.locate(arguments.model)
-    if not is_eight_bit(path):
-        source = huggingface.open_model(arguments.model, measure.dtype(arguments.dtype))
-        return source.model, source.tokenizer, f"{type(source.model).__name__} in {str(source.model.dtype)[6:]}"
-    if arguments.dtype != "auto":
-        raise OctavoError(f"{path} is an 8-bit folder and has its dtype; --dtype is for float models")
-    transformers = loading.require("transformers")
-    model = checkpoint.load(path)
-    with loading.transformers_on(f"the tokenizer in {path}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return model, tokenizer, f"{type(model).__name__} with {_schemes(model)}"
-
-
-def is_eight_bit(path: Path) -> bool:
-    """Whether this is a folder that ``octavo.load`` opens."""
-    from octavo.io import checkpoint, compressed_tensors, safe_files
-
-    config = path / checkpoint.CONFIG
-    if (path / checkpoint.MANIFEST).exists():
-        return True
-    told = safe_files.read_json(config).get("quantization_config") if config.is_file() else None
-    return isinstance(told, dict) and told.get("quant_method") == compressed_tensors.METHOD
-
-
-def _schemes(model: Any) -> str:
-    from octavo.core.schemes import describe
-    from octavo.nn.layer import QuantizedLayer
-
-    return ", ".join(dict.fromkeys(describe(m.scheme) for m in model.modules() if isinstance(m, QuantizedLayer)))

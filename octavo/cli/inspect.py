@@ -1,10 +1,11 @@
-"""``octavo inspect``: what a checkpoint holds, from its headers alone."""
+"""``octavo inspect``: what a checkpoint holds, from its headers alone; or, by histogram.py, one layer's numbers."""
 
 import argparse
 import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from octavo.cli import histogram, opening
 from octavo.cli.console import Screen, count, mb, table
 from octavo.cli.report import pattern
 from octavo.errors import OctavoError
@@ -16,11 +17,16 @@ HELP = (
     "what is in a checkpoint, without loading it",
     """\
 Reads only the headers of a checkpoint: its family, parameters, bytes by number type, and, of an
-8-bit folder, which layers have which scheme and what was left in float.""",
+8-bit folder, which layers have which scheme and what was left in float.
+
+With --layer it opens the model and draws the histogram of a layer's weights, or of its inputs on
+calibration data, with the range that a scheme gives them and what that clips.""",
     """\
 examples:
   octavo inspect demo
-  octavo inspect small --tensors""",
+  octavo inspect small --tensors
+  octavo inspect demo --layer model.layers.0.mlp.down_proj
+  octavo inspect demo --layer model.layers.0.mlp.down_proj --input --calibrate percentile=99.9""",
 )
 PARTS = ("weight_scale", "weight_packed", "weight_shape", "weight_zero_point", "codes", "scale", "zero_point")
 CODES = {"weight": 1, "codes": 1, "weight_packed": 4}  # numbers in one element
@@ -28,17 +34,19 @@ CODES = {"weight": 1, "codes": 1, "weight_packed": 4}  # numbers in one element
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a Hugging Face or 8-bit folder, .gguf file, hub name, or 'demo'"
-    )
+    parser.add_argument("model", metavar="MODEL", help=opening.ANY_MODEL)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    histogram.add(parser)
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> None:
-    """Read the headers and report."""
-    from octavo.io import huggingface
-
-    told = huggingface.describe(arguments.model)
+    """Read the headers and report, or look at a layer."""
+    if arguments.layer is not None:
+        histogram.run(arguments, screen)
+        return
+    if given := histogram.given(arguments):
+        raise OctavoError(f"{given[0]} is for the numbers of one layer; name it: --layer NAME")
+    told = _describe(arguments.model)
     tensors: list[dict[str, Any]] = [{**tensor} for tensor in told["tensors"]]
     eight_bit, unread = _schemes(told["path"], told["quantization"], [t["name"] for t in tensors])
     parameters = _parameters(tensors, eight_bit)
@@ -68,6 +76,36 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
             **({"tensors": tensors} if arguments.tensors else {}),
         }
     )
+
+
+def _describe(name: str) -> "Description":
+    """What the headers say; of a Python function's model, what it holds."""
+    from octavo.io import entry_point, huggingface
+
+    if not entry_point.is_entry_point(name):
+        return huggingface.describe(name)
+    model, _ = entry_point.model(name)
+    tensors = model.state_dict()
+    return {
+        "name": name,
+        "path": name,
+        "format": "a Python object",
+        "model_type": None,
+        "architectures": [type(model).__name__],
+        "quantization": None,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "nbytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "tensors": [
+            {
+                "name": key,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(tensor.shape),
+                "nbytes": tensor.nbytes,
+                "file": "",
+            }
+            for key, tensor in tensors.items()
+        ],
+    }
 
 
 def _say(screen: Screen, told: "Description", parameters: int, by_dtype: dict[str, dict[str, int]]) -> None:

@@ -1,20 +1,20 @@
-"""``octavo quantize``: open a model, make its layers 8-bit, say what that cost, write the folder.
+"""``octavo quantize``: open a model, calibrate it, make its layers 8-bit, say what that cost, write the folder.
 
 Whatever can be refused is refused before the model is opened (flags, output folder, text) or before it is evaluated
 (rules that match nothing, a layout that cannot hold a layer).
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from octavo.cli import measure, report, schemes
+from octavo.cli import calibrate, measure, opening, report, schemes
 from octavo.cli.console import Screen, count, tell
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
+    from octavo.cli.opening import Opened
     from octavo.core.schemes import Scheme
-    from octavo.io.huggingface import Source
     from octavo.nn.swap import Layer
     from octavo.ptq.rules import Rule
 
@@ -22,26 +22,39 @@ LAYOUTS = ("auto", "compressed-tensors", "octavo")
 HELP = (
     "make a model's layers 8-bit and write a checkpoint folder",
     """\
-Makes the linear layers of a model 8-bit, reports for each what it saved and cost, measures the
+Makes the layers of a model 8-bit, reports for each what it saved and cost, measures the
 perplexity before and after on the same text, and writes a folder that transformers, vLLM or
-Octavo opens. The folder appears whole or not at all.""",
+Octavo opens. The folder appears whole or not at all.
+
+Static schemes fix the scales of the inputs beforehand, by passing example data through the model:
+text, of which the parts are used that the perplexity is not measured on, or --data.
+
+A network of your own is named by the function that makes it, `package.module:function`, which
+returns the model or (model, batches to calibrate with); --evaluate names a function that judges
+it. They are found in the current folder and on PYTHONPATH.""",
     f"""\
 {schemes.SCHEMES_HELP}
+
+{calibrate.OBSERVERS_HELP}
 
 examples:
   octavo quantize demo --out small
   octavo quantize FOLDER --scheme fp8-dynamic --skip '*.layers.0.*' --out small
-  octavo quantize FOLDER --weights e4m3fn --weight-group 128 --dry-run""",
+  octavo quantize FOLDER --weights e4m3fn --weight-group 128 --dry-run
+  octavo quantize FOLDER --scheme int8-static --calibrate percentile=99.99 --out small
+  octavo quantize vision:resnet --data vision:pictures --evaluate vision:accuracy \\
+      --scheme int8-static --out small""",
 )
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, .gguf file, hub name, or 'demo'")
+    parser.add_argument("model", metavar="MODEL", help=opening.MODEL)
     measure.dtype_flag(parser)
     schemes.add(parser)
+    calibrate.add(parser)
     group = measure.add(parser)
-    group.add_argument("--no-evaluate", action="store_true", help="do not measure the perplexity")
+    group.add_argument("--no-evaluate", action="store_true", help="do not judge the model")
     group = parser.add_argument_group("what is written")
     group.add_argument("--out", metavar="DIR", help="the folder to write; it must not exist or be empty")
     group.add_argument("--force", action="store_true", help="replace the checkpoint that is in DIR")
@@ -65,8 +78,8 @@ class Plan:
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> None:
-    """Check, open, measure, quantize, measure, write, report."""
-    from octavo.io import checkpoint, folder, huggingface
+    """Check, open, measure, calibrate, quantize, measure, write, report."""
+    from octavo.io import checkpoint, folder
     from octavo.ptq.quantize import quantize_
 
     _check_flags(arguments)
@@ -74,64 +87,81 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
         folder.check_output(arguments.out, arguments.force)
         _check_not_source(arguments)
     rules = schemes.rules(arguments)
-    text = None if arguments.no_evaluate or arguments.dry_run else measure.read(arguments)
+    weight_observer = calibrate.observer(arguments.calibrate_weights) if arguments.calibrate_weights else None
+    ranges = calibrate.plan(arguments, rules)
+    unjudged = arguments.no_evaluate or arguments.dry_run or arguments.out is None
+    by = None if unjudged else measure.read(arguments)
     with screen.phase("load", f"opening {arguments.model}"):
-        source = huggingface.open_model(arguments.model, measure.dtype(arguments.dtype))
-    plan = make_plan(source, rules, arguments.layout)
+        opened = opening.float_model(arguments)
+    model = opened.model
+    plan = make_plan(opened, rules, arguments.layout)
     if arguments.dry_run:
         report.plan(screen, arguments.model, plan)
         return
-    if plan.layout == "octavo" and arguments.layout == "auto":
+    if plan.layout == "octavo" and arguments.layout == "auto" and arguments.out is not None:
         tell("note", f"{arguments.out} will be in Octavo's own layout, which only octavo.load opens: {plan.why}")
 
-    tokens, before, after = None, None, None
-    unmeasured = "--no-evaluate" if text is None else measure.obstacle(source.model, source.tokenizer) or ""
-    if text is not None and not unmeasured:
-        tokens = measure.windows(arguments, text, source.model, source.tokenizer)
-        before = measure.perplexity(source.model, tokens, screen, "evaluate before")
+    judge = "--no-evaluate" if unjudged else measure.judge(arguments, by, opened, screen)
+    before = None if isinstance(judge, str) else judge.measure(model, "evaluate before")
+    calibration = None if ranges is None else calibrate.run(ranges, arguments, opened, rules, screen)
+    calibrated = None if ranges is None or calibration is None else calibrate.described(ranges, calibration)
+    if arguments.out is None:
+        report.calibrated(screen, arguments.model, arguments.save_calibration, calibrated or {})
+        return
     shared = report.shared(plan.verdict)
     with screen.phase("quantize"):
-        summary = quantize_(source.model, rules, track=screen.track)
-    if tokens is not None:
-        after = measure.perplexity(source.model, tokens, screen, "evaluate after")
+        summary = quantize_(
+            model,
+            rules,
+            calibration,
+            weight_observer=weight_observer,
+            allow_uncalibrated=arguments.allow_uncalibrated,
+            track=screen.track,
+        )
+    layout, why = checkpoint.layout_for(model)
+    if arguments.layout == "auto" and layout != plan.layout:  # an observer has chosen another format
+        plan = replace(plan, layout=layout, why=why)
+    after = None if isinstance(judge, str) else judge.measure(model, "evaluate after")
     with screen.phase("save", f"writing {arguments.out}"):
-        checkpoint.save(source.model, arguments.out, plan.layout, source.tokenizer, arguments.force)
+        checkpoint.save(model, arguments.out, plan.layout, opened.tokenizer, arguments.force)
     screen.written = arguments.out
     report.done(
         screen,
         report.Result(
             model=arguments.model,
-            kind=type(source.model).__name__,
-            causal=measure.obstacle(source.model, True) is None,
+            kind=type(model).__name__,
+            transformers=checkpoint.is_transformers(model),
+            causal=measure.obstacle(model, True) is None,
             out=arguments.out,
             plan=plan,
             summary=summary,
             shared=shared,
-            before=before,
-            after=after,
-            over=measure.on(tokens, text) if tokens is not None and text is not None else "",
-            unmeasured=unmeasured,
+            calibrated=calibrated,
+            judge=judge,
+            before=None if before is None else before.value,
+            after=None if after is None else after.value,
         ),
     )
 
 
-def make_plan(source: "Source", rules: "list[Rule]", layout: str) -> Plan:
+def make_plan(opened: "Opened", rules: "list[Rule]", layout: str) -> Plan:
     """Apply the rules to the opened model. Raises ``OctavoError`` on a rule without a match or an impossible layout."""
     from octavo.core.schemes import Scheme
-    from octavo.io import compressed_tensors
+    from octavo.io import checkpoint, compressed_tensors
     from octavo.ptq.quantize import check
 
-    verdict = check(source.model, rules)
+    verdict = check(opened.model, rules)
     chosen = {layer: scheme for layer, scheme in verdict.items() if isinstance(scheme, Scheme)}
     obstacles = {
-        x.name: why
-        for x, scheme in chosen.items()
-        if (why := compressed_tensors.obstacle_for(x.module, scheme))
+        x.name: why for x, scheme in chosen.items() if (why := compressed_tensors.obstacle_for(x.module, scheme))
     }
-    if not obstacles:
+    if not checkpoint.is_transformers(opened.model):
+        why = f"{type(opened.model).__name__} is not a transformers model"
+    elif obstacles:
+        name, why = next(iter(obstacles.items()))
+        why = f"{name}: {why}" + (f" (and {count(len(obstacles) - 1, 'other layer')})" if len(obstacles) > 1 else "")
+    else:
         return Plan(verdict, "compressed-tensors" if layout == "auto" else layout, "")
-    name, why = next(iter(obstacles.items()))
-    why = f"{name}: {why}" + (f" (and {count(len(obstacles) - 1, 'other layer')})" if len(obstacles) > 1 else "")
     if layout == "compressed-tensors":
         raise OctavoError(f"compressed-tensors cannot hold this model: {why}. Use --layout octavo or another scheme")
     return Plan(verdict, "octavo", why)
@@ -146,7 +176,8 @@ def _check_not_source(arguments: argparse.Namespace) -> None:
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
-    if arguments.out is None and not arguments.dry_run:
+    if arguments.out is None and not (arguments.dry_run or arguments.save_calibration):
         raise OctavoError("--out DIR is missing: the folder to write. To look first, use --dry-run")
-    if arguments.no_evaluate and (given := [f for f in ("text", "windows", "window") if getattr(arguments, f)]):
-        raise OctavoError(f"--{given[0]} says what to evaluate on, and --no-evaluate that nothing is. Leave one out")
+    by = [flag for flag in ("text", "windows", "window", "evaluate") if getattr(arguments, flag)]
+    if arguments.no_evaluate and by:
+        raise OctavoError(f"--{by[0]} says what to evaluate by, and --no-evaluate that nothing is. Leave one out")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.cli.console import LABEL, Screen, mb, table
 
 if TYPE_CHECKING:
-    from octavo.analysis.perplexity import Perplexity
+    from octavo.cli.measure import Judge
     from octavo.cli.quantize import Plan
     from octavo.core.schemes import Scheme
     from octavo.nn.swap import Layer
@@ -20,19 +20,20 @@ VLLM = {"int8-dynamic", "fp8-dynamic", "fp8-block", "int8-weight-only", "fp8-wei
 
 @dataclass(frozen=True)
 class Result:
-    """All that was done."""
+    """All that was done; ``judge`` says in words why there is no figure ``before`` and ``after``."""
 
     model: str
     kind: str
+    transformers: bool
     causal: bool
     out: str
     plan: "Plan"
     summary: "Summary"
     shared: dict[str, str]
-    before: "Perplexity | None"
-    after: "Perplexity | None"
-    over: str
-    unmeasured: str
+    calibrated: dict[str, Any] | None
+    judge: "Judge | str"
+    before: float | None
+    after: float | None
 
 
 def done(screen: Screen, result: Result) -> None:
@@ -41,7 +42,7 @@ def done(screen: Screen, result: Result) -> None:
     _layers(screen, summary.layers, result.shared)
     screen.say()
     for name, words in _totals(screen, result).items():
-        screen.facts({name: words}, "bold" if name in ("size", "perplexity") else None)
+        screen.facts({name: words}, "bold" if name in ("size", figure_of(result)) else None)
     for note in summary.notes:
         screen.facts({"note": note}, "yellow")
     screen.facts({"written": f"{result.out}  ({result.plan.layout})"}, "bold green")
@@ -53,6 +54,15 @@ def done(screen: Screen, result: Result) -> None:
         if engine == "transformers":
             screen.say(f"{'':<{LABEL}} (needs pip install compressed-tensors)")
     screen.result(_document(screen, result))
+
+
+def calibrated(screen: Screen, model: str, file: str, told: dict[str, Any]) -> None:
+    """What ``--save-calibration`` without ``--out`` did."""
+    screen.facts({"calibrated": calibration_words(told)})
+    screen.facts({"written": file}, "bold green")
+    screen.say()
+    screen.say(f"octavo quantize {model} … --calibration {file}", whole=True)
+    screen.result({"model": model, "calibration": {**told, "file": file}, "seconds": screen.seconds})
 
 
 def plan(screen: Screen, model: str, made: "Plan") -> None:
@@ -90,6 +100,8 @@ def pattern(name: str) -> str:
 def openers(result: Result) -> dict[str, str]:
     """How to open the folder, by engine; only what is known to be true of this layout and these schemes."""
     lines = {"octavo": f'octavo.load("{result.out}")'}
+    if not result.transformers:
+        lines["octavo"] = f'octavo.load("{result.out}", model={result.model.replace(":", ".")}())'
     if result.plan.layout == "compressed-tensors":
         cls = "AutoModelForCausalLM" if result.causal else result.kind
         lines["transformers"] = f'{cls}.from_pretrained("{result.out}")'
@@ -147,18 +159,46 @@ def _sqnrs(layers: "list[LayerReport]") -> list[float]:
     return [x.sqnr for x in layers if x.sqnr is not None]
 
 
+def figure_of(result: Result) -> str:
+    """What the model is judged by."""
+    return "perplexity" if isinstance(result.judge, str) else result.judge.name
+
+
+def calibration_words(told: dict[str, Any]) -> str:
+    """From what the ranges of the inputs were made."""
+    several = "1 batch" if told["batches"] == 1 else f"{told['batches']:,} batches"
+    return f"{told['range']}, over {several} of {told['source']}"
+
+
+def _figures(result: Result) -> dict[str, str]:
+    """Before and after, in words: a perplexity with its change in percent, a figure of the user's as it is."""
+    if isinstance(result.judge, str) or result.before is None or result.after is None:
+        return {figure_of(result): f"not measured: {result.judge}"}
+    before, after = result.before, result.after
+    if result.judge.tokens is not None:
+        change = f"{100 * (after / before - 1):+.2f} %".replace("-0.00", "+0.00")
+        return {"perplexity": f"{before:.3f} → {after:.3f} ({change})", "": f"over {result.judge.over}"}
+    return {result.judge.name: f"{before:.6g} → {after:.6g} ({after - before:+.4g})", "": result.judge.over}
+
+
+def _measured(result: Result) -> dict[str, Any]:
+    if isinstance(result.judge, str) or result.before is None or result.after is None:
+        return {"perplexity": {"not_measured": str(result.judge)}}
+    before, after = result.before, result.after
+    told: dict[str, Any] = {"before": before, "after": after}
+    if result.judge.tokens is not None:
+        return {"perplexity": {**told, "change_percent": 100 * (after / before - 1), "over": result.judge.over}}
+    return {"score": {"name": result.judge.name, **told, "change": after - before}}
+
+
 def _totals(screen: Screen, result: Result) -> dict[str, str]:
     summary = result.summary
     worst = min(summary.quantized, key=lambda x: x.sqnr if x.sqnr is not None else float("inf"))
-    perplexity = {"perplexity": f"not measured: {result.unmeasured}"}
-    if result.before and result.after:
-        change = 100 * (result.after.value / result.before.value - 1)
-        words = f"{result.before.value:.3f} → {result.after.value:.3f} ({change:+.2f} %)".replace("-0.00", "+0.00")
-        perplexity = {"perplexity": words, "": f"over {result.over}"}
     return {
         "size": f"{mb(summary.bytes_before)} MB → {mb(summary.bytes_after)} MB "
         f"({summary.bytes_before / summary.bytes_after:.2f} times smaller)",
-        **perplexity,
+        **_figures(result),
+        **({} if result.calibrated is None else {"calibrated": calibration_words(result.calibrated)}),
         "weight SQNR": f"median {statistics.median(_sqnrs(summary.quantized)):.1f} dB, "
         f"worst {worst.sqnr:.1f} dB in {worst.name}",
         "seconds": ", ".join(f"{name} {seconds:.1f}" for name, seconds in screen.seconds.items()),
@@ -167,11 +207,6 @@ def _totals(screen: Screen, result: Result) -> dict[str, str]:
 
 def _document(screen: Screen, result: Result) -> dict[str, Any]:
     summary = result.summary
-    measured: dict[str, Any] = {"not_measured": result.unmeasured}
-    if result.before and result.after:
-        before, after = result.before.value, result.after.value
-        change = 100 * (after / before - 1)
-        measured = {"before": before, "after": after, "change_percent": change, "over": result.over}
     worst = min(summary.quantized, key=lambda x: x.sqnr if x.sqnr is not None else float("inf"))
     return {
         "model": result.model,
@@ -181,7 +216,8 @@ def _document(screen: Screen, result: Result) -> dict[str, Any]:
         "layout_reason": result.plan.why or None,
         "bytes_before": summary.bytes_before,
         "bytes_after": summary.bytes_after,
-        "perplexity": measured,
+        **_measured(result),
+        **({} if result.calibrated is None else {"calibration": result.calibrated}),
         "weight_sqnr": {
             "median": statistics.median(_sqnrs(summary.quantized)),
             "worst": worst.sqnr,

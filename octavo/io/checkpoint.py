@@ -52,7 +52,7 @@ def layout_for(model: nn.Module) -> tuple[str, str]:
         why = compressed_tensors.obstacle(layer.scheme, layer.in_features, layer.transposed)
         if why is not None:
             return "octavo", f"{name}: {why}"
-    if not _is_transformers(model):
+    if not is_transformers(model):
         return "octavo", f"{type(model).__name__} is not a transformers model"
     return "compressed-tensors", ""
 
@@ -87,7 +87,7 @@ def save(
             state |= compressed_tensors.tensors(name, layer)
         method = compressed_tensors.config(linears, model)
     with atomic_folder(folder, force) as unfinished:
-        if _is_transformers(model):
+        if is_transformers(model):
             _write_config(model, layers, unfinished, method)
         manifest = {
             "version": VERSION,
@@ -340,7 +340,8 @@ def _quantized(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedLayer)}
 
 
-def _is_transformers(model: nn.Module) -> bool:
+def is_transformers(model: nn.Module) -> bool:
+    """Whether transformers can write the model's config, so that it can be opened without its code."""
     return hasattr(getattr(model, "config", None), "save_pretrained")
 
 
@@ -378,7 +379,7 @@ def _write_tensors(model: nn.Module, state: Mapping[str, Tensor], folder: Path, 
         storage = tensor.untyped_storage().data_ptr()
         content[name] = (tensor.clone() if storage in seen else tensor).contiguous()
         seen.add(storage)
-    if _is_transformers(model):
+    if is_transformers(model):
         pattern = file.replace(".safetensors", "{suffix}.safetensors")
         hub = loading.require("huggingface_hub")
         hub.save_torch_state_dict(

@@ -5,7 +5,7 @@ import re
 from html import escape
 
 from octavo.analysis.experiment import Check, Outcome, Plot, Table
-from octavo.report import plots
+from octavo.report import plots as pictures
 from octavo.report.files import number
 
 STYLE = """
@@ -38,7 +38,18 @@ details { margin: 1rem 0; border-left: 3px solid var(--line); padding-left: 1rem
 def page(outcomes: list[Outcome], about: str) -> bytes:
     """All outcomes on one page; ``about`` says where and with what they were made."""
     title = "Octavo: published results, recomputed" if len(outcomes) != 1 else outcomes[0].title
-    parts = [
+    contents = [_contents(outcomes)] if len(outcomes) > 1 else []
+    return _whole(title, about, contents + [_section(outcome) for outcome in outcomes])
+
+
+def sheet(title: str, about: str, plots: tuple[Plot, ...] = (), tables: tuple[Table, ...] = ()) -> bytes:
+    """Some pictures and tables on one page."""
+    found = [f"<h3>{escape(table.title)}</h3>{_table(table)}" for table in tables]
+    return _whole(title, about, [_figure(plot) for plot in plots] + found)
+
+
+def _whole(title: str, about: str, parts: list[str]) -> bytes:
+    head = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -46,11 +57,7 @@ def page(outcomes: list[Outcome], about: str) -> bytes:
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{escape(about)}</p>',
     ]
-    if len(outcomes) > 1:
-        parts.append(_contents(outcomes))
-    parts += [_section(outcome) for outcome in outcomes]
-    parts.append("</body></html>\n")
-    return "\n".join(parts).encode()
+    return "\n".join([*head, *parts, "</body></html>\n"]).encode()
 
 
 def _contents(outcomes: list[Outcome]) -> str:
@@ -86,7 +93,7 @@ def _section(outcome: Outcome) -> str:
 
 
 def _figure(plot: Plot) -> str:
-    light, dark = (base64.b64encode(plots.png(plot, theme)).decode() for theme in (plots.LIGHT, plots.DARK))
+    light, dark = (base64.b64encode(pictures.png(plot, theme)).decode() for theme in (pictures.LIGHT, pictures.DARK))
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
         f'<img alt="{escape(plot.title)}" src="data:image/png;base64,{light}"></picture></figure>'
