@@ -34,6 +34,8 @@ from octavo.nn.layer import QuantizedLayer
 PIECE = 1 << 21  # numbers of patches gathered at a time: about what a cache holds
 COUNTABLE = 1 << 24  # FP32 holds every integer up to here
 
+ORDINARY: dict[int, type[_ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, type[_ConvNd]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONVOLVE_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -71,6 +73,23 @@ class QuantizedConv(QuantizedLayer):
         assert isinstance(module, _ConvNd)
         return cls(weight, module.bias, scheme, module, **calibrated)
 
+    def blank(self) -> nn.Module:
+        """A convolution of torch's."""
+        kinds = TRANSPOSED if self.transposed else ORDINARY
+        more: dict[str, Any] = {"output_padding": self.output_padding} if self.transposed else {}
+        return kinds[len(self.kernel_size)](
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            bias=self.bias is not None,
+            padding_mode=self.padding_mode,
+            **more,
+        )
+
     @classmethod
     def obstacle(cls, module: nn.Module, scheme: Scheme) -> str | None:
         """Why this convolution cannot run under the scheme, or None."""
@@ -85,7 +104,7 @@ class QuantizedConv(QuantizedLayer):
     @property
     def weight(self) -> Tensor:
         """The weight as a float tensor of torch's shape, made anew each time."""
-        return self._in_shape(self.quantized_weight.dequantize()).contiguous()
+        return self._in_shape(self.quantized_weight.dequantize())
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [N, in, …] or [in, …] to [N, out, …] or [out, …], in ``x``'s dtype."""
@@ -138,11 +157,11 @@ class QuantizedConv(QuantizedLayer):
 
     def _in_shape(self, matrix: Tensor) -> Tensor:
         """A matrix [out, K] in the shape of the float layer's weight."""
-        return self._kernels(matrix)
+        return self._kernels(matrix).clone(memory_format=torch.contiguous_format)  # strides of its own, also of size 1
 
     def _run_float(self, convolve: dict[int, Any], x: Tensor, *geometry: Any) -> Tensor:
         """Weight-only: torch's convolution with a dequantized weight."""
-        weight = self._in_shape(self.quantized_weight.dequantize(x.dtype)).contiguous()
+        weight = self._in_shape(self.quantized_weight.dequantize(x.dtype))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y: Tensor = convolve[len(self.kernel_size)](x, weight, bias, *geometry)
         return self.activate(y)
@@ -157,11 +176,11 @@ class QuantizedConv(QuantizedLayer):
         if isinstance(how.granularity, PerGroup):
             return self._multiply(x, _spread(x, 0, borders, apart), None, stride)
         q = self.quantize_input(x.flatten(1))
-        if self._sums_are_narrow(how):
-            numbers = _spread(q.numbers().view(x.shape), 0, borders, apart)
-            return self._convolve(x, numbers, q, stride)
         zero = 0 if q.zero_point is None else q.zero_point.to(q.codes.dtype)
-        return self._multiply(x, _spread(q.codes.view(x.shape), zero, borders, apart), q, stride)
+        spread = _spread(q.codes.view(x.shape), zero, borders, apart)
+        return (
+            self._convolve(x, spread, q, stride) if self._sums_are_narrow(how) else self._multiply(x, spread, q, stride)
+        )
 
     def _sums_are_narrow(self, how: Cast) -> bool:
         """Whether torch's convolution of numbers in FP32 is the way: many groups, and sums as exact as a matrix's."""
@@ -172,21 +191,22 @@ class QuantizedConv(QuantizedLayer):
             return True
         return self.codes.shape[1] * _largest(casts[0]) * _largest(casts[1]) <= COUNTABLE
 
-    def _convolve(self, x: Tensor, numbers: Tensor, q: QTensor, stride: Sequence[int]) -> Tensor:
-        """A convolution by torch of unscaled ``numbers`` [N, …, in], then scales."""
-        _windows(numbers, self.kernel_size, stride, self.dilation)  # for its errors
+    def _convolve(self, x: Tensor, spread: Tensor, q: QTensor, stride: Sequence[int]) -> Tensor:
+        """A convolution by torch of the unscaled numbers, then scales."""
+        _windows(spread, self.kernel_size, stride, self.dilation)  # for its errors
         spatial, weight = len(self.kernel_size), self.quantized_weight
-        scale = expand_blocks(weight.scale, (self.out_channels, 1), weight.block)
+        codes = spread.flatten(1)
+        block = (q.block[0], codes.shape[1])
         # on a GPU in float64: there torch may take an algorithm that transforms (Winograd, FFT), or round to TF32
         work = torch.float64 if x.is_cuda else torch.float32
+        numbers = QTensor(codes, q.scale, q.zero_point, q.format, block).numbers(work).view(spread.shape).movedim(-1, 1)
         kernels = self._kernels(weight.numbers(work))
         with full_precision(x.device.type):
-            sums = CONVOLVE[spatial](
-                numbers.movedim(-1, 1).to(work), kernels, None, tuple(stride), 0, self.dilation, self.groups
-            )
-        if isinstance(weight.format, IntegerFormat) and isinstance(q.format, IntegerFormat):
-            sums = sums.round()
-        y = sums.float().mul_(q.scale.view(-1, 1, *(1,) * spatial)).mul_(scale.view(1, -1, *(1,) * spatial))
+            y = CONVOLVE[spatial](numbers, kernels, None, tuple(stride), 0, self.dilation, self.groups)
+        if work == torch.float64:
+            y = (y.round() if all(isinstance(t.format, IntegerFormat) for t in (q, weight)) else y).float()
+        per_channel = expand_blocks(weight.scale, (self.out_channels, 1), weight.block)
+        y = y.mul_(q.scale.view(-1, 1, *(1,) * spatial)).mul_(per_channel.view(1, -1, *(1,) * spatial))
         if self.bias is not None:
             y += self.bias.view(-1, *(1,) * spatial)
         return self.activate(y).to(x.dtype).contiguous(memory_format=_memory_format(x))
@@ -261,7 +281,7 @@ class QuantizedConvTranspose(QuantizedConv):
 
     def _in_shape(self, matrix: Tensor) -> Tensor:
         kernels = self._kernels(matrix)
-        return _exchange(kernels.flip(*range(2, kernels.ndim)), self.groups)
+        return _exchange(kernels.flip(*range(2, kernels.ndim)), self.groups).contiguous()
 
 
 def _each(value: Any, spatial: int) -> tuple[int, ...]:
