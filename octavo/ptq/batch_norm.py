@@ -1,7 +1,7 @@
 """BatchNorm re-tuning: statistics of the quantized model in the place of the float model's.
 
 Rounding moves the means and variances of what a BatchNorm sees. Its running statistics belong to the float model and no
-longer normalize; new ones are a few batches away, without labels or gradients (HFP8: Sun et al., NeurIPS 2019, §2.2).
+longer normalize; new ones are a few batches away, without labels or gradients (HFP8: Sun et al., NeurIPS 2019).
 
 Only for BatchNorms that are still there: one that is folded into its layer has no statistics left. There bias
 correction (``octavo.ptq.bias_correction``) takes care of the means.
