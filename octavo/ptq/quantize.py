@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from octavo.calibration.batches import Call
 from octavo.calibration.minmax import MinMax
@@ -118,11 +119,11 @@ def quantize_(
     chosen = [(layer, scheme) for layer, scheme in verdict.items() if isinstance(scheme, Scheme)]
     before = model_bytes(model)
     reports = {x.name: LayerReport(x.name, x.kind, None, str(verdict[x]), x.nbytes, x.nbytes) for x in verdict}
-    notes = _notes(model, [layer for layer, _ in chosen])
+    notes = _notes(verdict)
     if data is not None and calibration is None:
         notes.append("the data was not used: no layer has a static input scale")
     owners = Counter(id(layer.owner) for layer, _ in chosen)
-    shared: dict[tuple[int, Scheme], tuple[Layer, QTensor]] = {}
+    shared: dict[tuple[int, Cast], tuple[Layer, QTensor]] = {}
     names, queue = [layer.name for layer, _ in chosen], deque(chosen)
     del verdict, chosen  # from here on only the queue keeps float weights alive, each until its turn
     for _ in track(names, "quantizing") if track else names:
@@ -131,7 +132,7 @@ def quantize_(
         scheme, weight = _quantize_weight(layer, scheme, weight_observer)
         scheme, scales = _input_scales(scheme, seen, weight.dtype)
         if owners[id(layer.owner)] > 1:  # one weight under several layers stays one weight
-            _, weight = shared.setdefault((id(layer.owner), scheme), (layer, weight))
+            _, weight = shared.setdefault((id(layer.owner), scheme.weight), (layer, weight))
         new = layer.eight_bit.replacing(layer.module, weight, scheme, **scales)
         quality = sqnr(layer.weight, new.weight)
         swap.replace(model, layer, new)
@@ -175,7 +176,7 @@ def check(model: nn.Module, rules: Rules) -> dict[Layer, Scheme | str]:
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each storage counted once."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)]
     return sum({(t.data_ptr() or id(t), t.nbytes): t.nbytes for t in tensors}.values())
 
 
@@ -261,10 +262,15 @@ def _input_scales(scheme: Scheme, seen: Observer | None, storage: torch.dtype) -
     return scheme, {"input_scale": scale, "input_zero_point": zero_point}
 
 
-def _notes(model: nn.Module, chosen: list[Layer]) -> list[str]:
-    tables = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    return [
-        f"{x.name} shared its weight with {tables[id(x.owner)]}, which keeps its own copy in float"
-        for x in chosen
-        if id(x.owner) in tables
-    ]
+def _notes(verdict: Mapping[Layer, Scheme | str]) -> list[str]:
+    """Which weights were one and are no longer, because not all layers that share them get the same 8 bits."""
+    kept: dict[int, tuple[Layer, Cast | None]] = {}
+    notes = []
+    # those that stay in float come first: they keep the weight
+    for layer, scheme in sorted(verdict.items(), key=lambda item: isinstance(item[1], Scheme)):
+        how = scheme.weight if isinstance(scheme, Scheme) else None
+        keeper, kept_as = kept.setdefault(id(layer.owner), (layer, how))
+        if how != kept_as:
+            own = "float" if kept_as is None else kept_as.format.name
+            notes.append(f"{layer.name} shared its weight with {keeper.name}, which keeps its own copy in {own}")
+    return notes

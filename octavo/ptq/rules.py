@@ -66,7 +66,8 @@ def assign(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Layer
     for layer in found:
         matching = [rule for rule in ordered if rule.matches(layer)]
         rule = matching[0] if matching else None
-        if layer.module in heads:  # a rule with its exact name goes before patterns
+        table = layer.obstacle is None and layer.eight_bit.by_name_only
+        if table or layer.module in heads:  # a rule with its exact name goes before patterns
             rule = next((r for r in matching if r.name in layer.names), rule)
         if rule is not None and (layer.obstacle is None or rule.scheme is None):
             used.add(rule)
@@ -78,14 +79,14 @@ def assign(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Layer
             verdict[layer] = f"rule {rule}"
         elif layer.module in heads and rule.name not in layer.names:
             verdict[layer] = "output head, left in float unless a rule gives its exact name"
-        elif layer.eight_bit.by_name_only and rule.name not in layer.names and rule.type is None:
+        elif table and rule.name not in layer.names and rule.type is None:
             verdict[layer] = "embedding, left in float unless a rule gives its exact name or its type"
         else:
             assert isinstance(rule.scheme, Scheme)
             refusal = layer.refusal(rule.scheme)
             if refusal is not None and not _catches_all(rule):
                 raise OctavoError(f"{layer.name}: {refusal}")
-            verdict[layer] = refusal or rule.scheme
+            verdict[layer] = refusal or layer.eight_bit.runs(rule.scheme)
     for rule in ordered:
         if rule not in used and not _catches_all(rule):  # a catch-all may well find nothing left to decide
             raise _unmatched(rule, ordered, found)
