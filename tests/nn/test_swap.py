@@ -19,15 +19,63 @@ def obstacles(model):
 
 def test_what_is_a_layer():
     model = nn.Sequential(
-        nn.Linear(4, 4), nn.ReLU(), nn.LayerNorm(4), nn.Embedding(5, 4), nn.Conv1d(4, 4, 1), nn.Bilinear(2, 2, 2)
+        nn.Linear(4, 4),
+        nn.ReLU(),
+        nn.LayerNorm(4),
+        nn.Embedding(5, 4),
+        nn.EmbeddingBag(5, 4),
+        nn.Conv1d(4, 4, 1),
+        nn.ConvTranspose3d(4, 4, 1),
+        nn.Bilinear(2, 2, 2),
+        nn.LSTM(4, 4),
     )
     assert obstacles(model) == {
         "0": None,
         "2": "no matrix",
-        "3": "Embedding has no 8-bit form",
-        "4": "Conv1d has no 8-bit form",
-        "5": "Bilinear has no 8-bit form",
+        **dict.fromkeys("3456"),
+        "7": "Bilinear has no 8-bit form",
+        "8": "LSTM has no 8-bit form",
     }
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.LazyLinear(3), nn.LazyConv2d(4, 3), nn.LazyConvTranspose1d(4, 3), nn.LazyBatchNorm1d()]
+)
+def test_lazy_layers(layer):
+    model = nn.Sequential(layer, nn.Linear(4, 4))
+    summary = ov.quantize_(model, "int8-dynamic")
+    assert "no shape yet" in {x.name: x.reason for x in summary.left}["0"]
+    assert summary.layers[0].bytes_before <= 8
+
+
+def test_a_lazy_layer_that_has_run():
+    model = nn.Sequential(nn.LazyConv2d(4, 3))
+    model(torch.randn(1, 5, 8, 8))
+    assert obstacles(model) == {"0": None}
+
+
+class Standardized(nn.Conv2d):
+    """BiT's: the weight is standardized in forward."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Padded(nn.Conv1d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(nn.functional.pad(x, (2, 0)), weight, bias)
+
+
+def test_subclasses_of_convolutions():
+    model = nn.Sequential(Standardized(4, 4, 3), Padded(4, 4, 3), type("Same", (nn.Conv3d,), {})(4, 4, 3))
+    assert obstacles(model) == {
+        "0": "Standardized overrides Conv2d.forward with something else",
+        "1": "Padded overrides Conv1d._conv_forward with something else",
+        "2": None,
+    }
+    model[2]._conv_forward = lambda *_: None
+    assert "another forward" in obstacles(model)["2"]
 
 
 def test_names_of_one_module():
