@@ -216,7 +216,10 @@ def check(name: str, how: Cast) -> None:
     if not how.format.signed and not how.affine:
         raise OctavoError(f"{name}: {how.format.name} drops negative numbers; give its Cast affine=True, or use INT8")
     probe = (2, 3, 5, 7)  # batch, heads, tokens, dim
-    block = how.granularity.block(probe)
+    try:
+        block = how.granularity.block(probe)
+    except OctavoError as error:
+        raise OctavoError(f"{name} are tensors [batch, heads, tokens, dim]: {error}") from error
     if isinstance(how.scale, Current) and not (block[0] == 1 and block[2] == 1):
         raise OctavoError(
             f"{name}: {how.granularity} shares a scale between tokens, those to come among them; take PerToken() or "
