@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from octavo.core.schemes import Scheme
     from octavo.errors import OctavoError, OctavoWarning
     from octavo.io.checkpoint import load, save
+    from octavo.ptq.convert import dequantize_, recast_
     from octavo.ptq.quantize import Summary, calibrate, quantize_
     from octavo.ptq.rules import Rule
 
@@ -40,6 +41,7 @@ _HOMES = {
     "octavo.core.schemes": ("Scheme",),
     "octavo.errors": ("OctavoError", "OctavoWarning"),
     "octavo.io.checkpoint": ("load", "save"),
+    "octavo.ptq.convert": ("dequantize_", "recast_"),
     "octavo.ptq.quantize": ("Summary", "calibrate", "quantize_"),
     "octavo.ptq.rules": ("Rule",),
 }
@@ -71,6 +73,7 @@ __all__ = [
     "cli",
     "core",
     "decode",
+    "dequantize_",
     "encode",
     "fake_quantize",
     "formats",
@@ -85,6 +88,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "quantize_scaled",
+    "recast_",
     "requantize",
     "save",
     "schemes",

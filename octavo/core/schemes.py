@@ -35,6 +35,10 @@ class Scheme:
         if min(bits) > 8 or max(bits) > 16:
             names = " and ".join(how.format.name for how in (self.weight, self.input) if how is not None)
             raise OctavoError(f"a scheme has at most 8 bits on one side and 16 on the other, not {names}")
+        if isinstance(self.weight.scale, Static):
+            raise OctavoError(
+                "a weight's scale comes from the weight itself; Static is for inputs, Current for weights"
+            )
         if self.input is not None and self.static and not isinstance(self.input.granularity, PerTensor | PerChannel):
             raise OctavoError(
                 f"a static input has one scale, or one a channel; {self.input.granularity} varies with it"

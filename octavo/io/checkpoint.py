@@ -7,7 +7,6 @@ file is so named that an engine which cannot read it finds no weights, instead o
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -153,7 +152,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         layer = layers[name]
         pieces = {part.rpartition(".")[2]: tensors[part] for part in entry.parts}
         build = _native_weight if entry.native else compressed_tensors.weight
-        weight = build(name, pieces, entry.scheme, tuple(layer.matrix.shape), entry.dtype)
+        rows, cols = layer.matrix.shape
+        weight = build(name, pieces, entry.scheme, (rows, cols), entry.dtype)
         calibrated = _input_scales(name, pieces, entry)
         swap.replace(model, layer, layer.eight_bit.replacing(layer.module, weight, entry.scheme, **calibrated))
     _restore_dtypes(model, tensors)
@@ -360,20 +360,28 @@ def _write_config(model: Any, layers: Mapping[str, QuantizedLayer], folder: Path
     content["architectures"] = [type(model).__name__]
     content["dtype"] = str(next(iter(layers.values())).dtype).removeprefix("torch.")
     content["quantization_config"] = method
-    if content.get("tie_word_embeddings") and isinstance(model.get_output_embeddings(), QuantizedLayer):
-        content["tie_word_embeddings"] = False  # the head has codes of its own now
+    if content.get("tie_word_embeddings") and _untied(model):
+        untied = {"tie_word_embeddings": False}
+        if not type(settings).from_dict(settings.to_dict() | untied).tie_word_embeddings:  # T5's would not obey
+            content |= untied
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
 
+def _untied(model: Any) -> bool:
+    """Whether a tensor that the model's class ties to another has numbers of its own now, or became codes."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    own = dict(model.named_parameters(remove_duplicate=False))
+    return any(target not in own or own[target] is not own.get(source) for target, source in ties.items())
+
+
 def _write_tensors(model: nn.Module, state: Mapping[str, Tensor], folder: Path, file: str) -> None:
-    """Shards of at most ``SHARD``; a float tensor that two names share is written once where transformers ties it."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    names_at = Counter(tensor.data_ptr() for tensor in state.values())
+    """Shards of at most ``SHARD``; a float tensor that transformers ties to another one is left out."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
     seen: set[int] = set()
     content = {}
     for name, tensor in state.items():
-        at = tensor.data_ptr()
-        if name in tied and names_at[at] > 1:
+        source = state.get(ties.get(name, ""))
+        if source is not None and source.data_ptr() == tensor.data_ptr():
             continue
         # every name its own bytes: safetensors refuses tensors that share memory
         storage = tensor.untyped_storage().data_ptr()

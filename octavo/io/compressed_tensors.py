@@ -2,13 +2,14 @@
 
 A linear of [O, I] becomes ``weight`` (F8_E4M3 or I8) and ``weight_scale`` in the model's dtype, which multiplies. A
 scale of its input that does not come from the input itself is ``input_scale`` [1]; affine inputs, which we count from
-0 to 255 and the layout from −128 to 127, have an ``input_zero_point`` [1] as int8 as well. 8-bit weights without 8-bit inputs are packed four to an int32
-(``weight_packed``, ``weight_shape``). The layout knows INT8 and E4M3FN only; whatever it cannot say is refused before
-anything is written, with the layer's name.
+0 to 255 and the layout from −128 to 127, have an ``input_zero_point`` [1] as int8 as well. 8-bit weights without 8-bit
+inputs are packed four to an int32 (``weight_packed``, ``weight_shape``). The layout knows INT8 and E4M3FN only;
+whatever it cannot say is refused before anything is written, with the layer's name.
 """
 
 import operator
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -118,7 +119,7 @@ def config(layers: dict[str, QuantizedLinear], model: nn.Module) -> dict[str, An
         described[f"group_{index}"] = {
             "targets": ["Linear"] if len(groups) == 1 else names,
             "weights": _side(scheme.weight, dynamic=False),
-            "input_activations": None if scheme.input is None else _side(scheme.input, isinstance(scheme.input.scale, Current)),
+            "input_activations": None if (how := scheme.input) is None else _side(how, isinstance(how.scale, Current)),
             "output_activations": None,
             "format": _style(scheme),
         }
@@ -132,7 +133,7 @@ def config(layers: dict[str, QuantizedLinear], model: nn.Module) -> dict[str, An
     }
 
 
-def parse(told: dict[str, Any], linears: dict[str, nn.Module], where: str) -> dict[str, Scheme]:
+def parse(told: dict[str, Any], linears: Mapping[str, nn.Module], where: str) -> dict[str, Scheme]:
     """The scheme of every linear that a ``quantization_config`` quantizes, by module name."""
     groups, ignore = told.get("config_groups"), told.get("ignore") or []
     if not isinstance(groups, dict) or not groups or not isinstance(ignore, list):
@@ -199,7 +200,8 @@ def input_scales(name: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
     if "input_scale" in found:
         parts["input_scale"] = _checked(name, found, "input_scale", FLOATS, *one).float().reshape(1)
     if "input_zero_point" in found:
-        parts["input_zero_point"] = _checked(name, found, "input_zero_point", (torch.int8,), *one).int().reshape(1) + OFFSET
+        zero_point = _checked(name, found, "input_zero_point", (torch.int8,), *one)
+        parts["input_zero_point"] = zero_point.int().reshape(1) + OFFSET
     return parts
 
 

@@ -74,6 +74,18 @@ class QuantizedTable(QuantizedLayer):
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {describe(self.scheme)}"
 
 
+class ScaledEmbedding(nn.Embedding):
+    """Rows of a float table times ``multiplier``."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, multiplier: float) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx)
+        self.multiplier = multiplier
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Row numbers […] to rows […, dim]."""
+        return super().forward(input) * self.multiplier
+
+
 class QuantizedEmbedding(QuantizedTable):
     """``Embedding``: rows of a table in 8 bits, times ``multiplier`` where the layer it replaced multiplied them."""
 
@@ -90,6 +102,12 @@ class QuantizedEmbedding(QuantizedTable):
         multiplier = multiplier_of(module)
         assert multiplier is not None
         return cls(weight, scheme, module.padding_idx, multiplier)
+
+    def blank(self) -> nn.Module:
+        """An Embedding, or one that multiplies."""
+        if self.multiplier == 1:
+            return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx)
+        return ScaledEmbedding(self.num_embeddings, self.embedding_dim, self.padding_idx, self.multiplier)
 
     @classmethod
     def same(cls, module: nn.Module) -> bool:
@@ -128,6 +146,16 @@ class QuantizedEmbeddingBag(QuantizedTable):
         """The 8-bit table in the place of an EmbeddingBag."""
         assert isinstance(module, nn.EmbeddingBag)
         return cls(weight, scheme, module.padding_idx, module.mode, module.include_last_offset)
+
+    def blank(self) -> nn.Module:
+        """An EmbeddingBag."""
+        return nn.EmbeddingBag(
+            self.num_embeddings,
+            self.embedding_dim,
+            mode=self.mode,
+            include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
+        )
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Row numbers [bags, n], or [n] cut into bags at ``offsets``, to [bags, dim]; arguments as for torch."""

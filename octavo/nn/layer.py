@@ -79,6 +79,10 @@ class QuantizedLayer(nn.Module):
         ``calibrated``: the ``input_scale`` and ``input_zero_point`` of a static scheme.
         """
 
+    @abstractmethod
+    def blank(self) -> nn.Module:
+        """A float layer of the same shape and settings, whose numbers are yet to come."""
+
     @classmethod
     def obstacle(cls, module: nn.Module, scheme: Scheme) -> str | None:
         """Why this float layer cannot run under the scheme, or None."""
@@ -106,6 +110,20 @@ class QuantizedLayer(nn.Module):
         """Quantize a float layer. Its weight's scales are rounded to its own dtype."""
         matrix = cls.matrix(module).detach()
         return cls.replacing(module, quantize_unchecked(matrix, scheme.weight, matrix.dtype), scheme)
+
+    def to_float(self) -> nn.Module:
+        """The float layer again, with the numbers that the codes stand for, rounded to ``dtype``.
+
+        Raises ``OctavoError`` if this layer does the work of another one too.
+        """
+        if self.clamp is not None:
+            raise OctavoError("it has taken over a ReLU, which a float layer cannot; convert first, then fuse")
+        with torch.device("meta"):
+            module = self.blank()
+        module.weight = nn.Parameter(self.weight.contiguous())
+        if self.bias is not None:
+            module.bias = nn.Parameter(self.bias.clone())
+        return module.train(self.training)
 
     @property
     def quantized_weight(self) -> QTensor:

@@ -47,6 +47,15 @@ class QuantizedLinear(QuantizedLayer):
         """The 8-bit layer in the place of a Linear or a Conv1D."""
         return cls(weight, getattr(module, "bias", None), scheme, is_conv1d(module), **calibrated)
 
+    def blank(self) -> nn.Module:
+        """A Linear, or a Conv1D where there was one."""
+        if self.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            conv1d: nn.Module = Conv1D(self.out_features, self.in_features)
+            return conv1d
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None)
+
     @classmethod
     def same(cls, module: nn.Module) -> bool:
         """Whether a subclass of Linear with a forward of its own (Falcon's) still computes the same."""

@@ -25,6 +25,7 @@ from octavo.errors import OctavoError
 from octavo.nn import swap
 from octavo.nn.swap import Layer
 from octavo.ptq.rules import Rules, assign
+from octavo.ptq.stacks import stacks, watch
 
 T = TypeVar("T")
 #: Wraps an iterable to show progress: (items, what is being done) → the same items.
@@ -122,6 +123,11 @@ def quantize_(
     notes = _notes(verdict)
     if data is not None and calibration is None:
         notes.append("the data was not used: no layer has a static input scale")
+    stacked: dict[str, Observer] = {}
+    for stack in stacks(chosen):
+        stacked |= dict.fromkeys((layer.name for layer in stack), watch(stack, weight_observer or MinMax()))
+    if stacked:
+        notes.append(f"{len(stacked)} layers share one weight scale with those that engines stack them with")
     owners = Counter(id(layer.owner) for layer, _ in chosen)
     shared: dict[tuple[int, Cast], tuple[Layer, QTensor]] = {}
     names, queue = [layer.name for layer, _ in chosen], deque(chosen)
@@ -129,7 +135,7 @@ def quantize_(
     for _ in track(names, "quantizing") if track else names:
         layer, scheme = queue.popleft()
         seen = calibration.observers[layer.name] if calibration is not None and scheme.static else None
-        scheme, weight = _quantize_weight(layer, scheme, weight_observer)
+        scheme, weight = _quantize_weight(layer, scheme, weight_observer, stacked.get(layer.name))
         scheme, scales = _input_scales(scheme, seen, weight.dtype)
         if owners[id(layer.owner)] > 1:  # one weight under several layers stays one weight
             _, weight = shared.setdefault((id(layer.owner), scheme.weight), (layer, weight))
@@ -138,6 +144,7 @@ def quantize_(
         swap.replace(model, layer, new)
         after = sum(t.nbytes for t in new.buffers())
         reports[layer.name] = LayerReport(layer.name, layer.kind, describe(scheme), "", layer.nbytes, after, quality)
+    notes += no_smaller(reports.values())
     return Summary(list(reports.values()), before, model_bytes(model), time.perf_counter() - started, notes)
 
 
@@ -172,6 +179,13 @@ def check(model: nn.Module, rules: Rules) -> dict[Layer, Scheme | str]:
         if isinstance(scheme, Scheme):
             _check(layer, scheme)
     return verdict
+
+
+def no_smaller(reports: Iterable[LayerReport]) -> list[str]:
+    """A note on layers whose new codes take no less memory than what was there, such as 16-bit ones after bfloat16."""
+    large = [x for x in reports if x.scheme is not None and x.bytes_after >= x.bytes_before > 0]
+    example = "".join(f"{x.name}: {x.bytes_before} → {x.bytes_after} bytes" for x in large[:1])
+    return [f"{len(large)} layers take no less memory than before ({example})"] if large else []
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -240,13 +254,20 @@ def _uncalibrated(verdict: dict[Layer, Scheme | str], calibration: Calibration, 
         raise OctavoError("no layer saw calibration data, so nothing would be quantized")
 
 
-def _quantize_weight(layer: Layer, scheme: Scheme, observer: Observer | None) -> tuple[Scheme, QTensor]:
-    """The weight in 8 bits, over its whole range or the one an observer finds; its scales in its own dtype."""
+def _quantize_weight(
+    layer: Layer, scheme: Scheme, observer: Observer | None, watcher: Observer | None
+) -> tuple[Scheme, QTensor]:
+    """The weight in 8 bits, its scales in its own dtype.
+
+    They span its whole range, or the one an observer finds, or what a ``watcher`` has seen of it and others.
+    """
     matrix, how = layer.matrix.detach(), scheme.weight
-    if observer is None or isinstance(how.scale, Constant):
+    if watcher is None and (observer is None or isinstance(how.scale, Constant)):
         return scheme, quantize_unchecked(matrix, how, matrix.dtype)
-    watcher = observer.fresh(how.granularity)
-    watcher.update(matrix)
+    if watcher is None:
+        assert observer is not None
+        watcher = observer.fresh(how.granularity)
+        watcher.update(matrix)
     how = watcher.settle(how)
     scale, zero_point = watcher.scale(how, matrix.dtype)
     return replace(scheme, weight=how), quantize_scaled(matrix, how, scale, zero_point)

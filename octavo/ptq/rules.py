@@ -102,7 +102,8 @@ def _catches_all(rule: Rule) -> bool:
 def output_heads(model: nn.Module, found: Sequence[Layer]) -> set[nn.Module]:
     """The layers that make logits: transformers' output embeddings, or those that share an embedding's weight."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    heads = {x.module for x in found if x.obstacle is None and id(x.owner) in tables}
+    linears = [x for x in found if x.obstacle is None and not isinstance(x.module, nn.Embedding)]
+    heads = {x.module for x in linears if id(x.owner) in tables}
     heads |= {x.module for x in found if any(n.rpartition(".")[2] in HEAD_NAMES for n in x.names)}
     getter = getattr(model, "get_output_embeddings", None)
     if callable(getter) and isinstance(head := getter(), nn.Module):
