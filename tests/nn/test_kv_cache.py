@@ -367,9 +367,9 @@ def test_models_without_a_cache(model, words):
 
 def test_casts_that_do_not_fit():
     model = FAMILIES["llama"]()
-    with pytest.raises(OctavoError, match="the values of layer 0: .* at most 8 bits"):
+    with pytest.raises(OctavoError, match=r"the values of layer 0: .* at most 8 bits"):
         KVCache(model, INT8, Cast("fp16", PerToken()))
-    with pytest.raises(OctavoError, match="the keys of layer 0: .*shares a scale between tokens"):
+    with pytest.raises(OctavoError, match=r"the keys of layer 0: .*shares a scale between tokens"):
         KVCache(model, Cast("int8"))
     with pytest.raises(OctavoError, match="keys is a Cast"):
         KVCache(model, "int8")
@@ -381,7 +381,7 @@ def test_nan_names_the_layer():
     model = FAMILIES["llama"]()
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
-    with pytest.raises(OctavoError, match="the values of layer 1: .* NaN or Inf"):
+    with pytest.raises(OctavoError, match=r"the values of layer 1: .* NaN or Inf"):
         logits(model, IDS, KVCache(model))
 
 
@@ -493,7 +493,7 @@ def test_calibration_that_cannot_be():
     static = Cast("int8", scale=Static())
     with pytest.raises(OctavoError, match="needs no calibration"):
         calibrate_kv_cache_(model, [IDS], INT8, INT8)
-    with pytest.raises(OctavoError, match="keys: .* at most 8 bits"):
+    with pytest.raises(OctavoError, match=r"keys: .* at most 8 bits"):
         calibrate_kv_cache_(model, [IDS], Cast("int16", scale=Static()), None)
     with pytest.raises(OctavoError, match="no batch"):
         calibrate_kv_cache_(model, [], static, static)
