@@ -113,7 +113,7 @@ class Histogram:
         """The numbers as few: their values, how many there are of each, and the values' unit.
 
         ``values · unit`` are the numbers themselves as long as they are held, and then the middles of the bins: float32
-        and float64 [rows, any]. The unit is a power of two, float64 [rows]: the least above the largest magnitude.
+        and float64 [rows, any], ascending. The unit is the least power of two above all magnitudes, float64 [rows].
         """
         unit = pow2(_exponent(self.low, self.high) + LOG_BINS)
         if self.counts.shape[1] == 0:
@@ -189,7 +189,8 @@ class HistogramObserver(Observer):
         binned = counts.shape[1] > 0
         wrong = counts.shape[1] != 2 * BINS - 1 or held.shape[1] if binned else held.shape[1] > HELD
         numbers = counts.sum(1) if binned else (~held.isnan()).sum(1)
-        if wrong or bool((counts < 0).any() or (numbers == 0).any()):
+        outside = (held < low[:, None]) | (held > high[:, None])
+        if wrong or bool((counts < 0).any() or (numbers == 0).any() or outside.any()):
             raise OctavoError(f"the state is no histogram of Octavo's: {list(counts.shape)} and {list(held.shape)}")
         exponent = _exponent(low, high) if binned else torch.full_like(low, LEAST_EXPONENT, dtype=torch.int32)
         self.histogram = Histogram(low, high, exponent, counts, held.detach())
@@ -206,7 +207,8 @@ def _count(numbers: Tensor, exponent: Tensor) -> Tensor:
     """How many of each row's numbers are in each bin, int64 [rows, 2·BINS − 1]; NaN is in none."""
     (rows, length), device = numbers.shape, numbers.device
     counts = torch.zeros(rows, 2 * BINS, dtype=torch.int64, device=device)  # the last for NaN
-    ragged = bool(numbers[:, -1:].isnan().any())
+    # what was held may have NaN anywhere; longer rows come straight from a tensor, with their padding at the end
+    ragged = bool((numbers if length <= HELD else numbers[:, -1]).isnan().any())
     size = max(1, CHUNK // max(length, 1))
     for i in range(0, rows, size):
         some = slice(i, min(i + size, rows))

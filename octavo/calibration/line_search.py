@@ -44,7 +44,7 @@ class LineSearch(HistogramObserver):
 
     def settle(self, how: Cast) -> Cast:
         """The Cast with the format that most ranges are best served by; all-zero ones do not vote."""
-        if self.mode != "fully-flexible":
+        if self.mode != "fully-flexible" or how.format.bits < 3:  # two bits hold no mantissa
             return how
         if isinstance(how.format, IntegerFormat):
             raise OctavoError(
@@ -62,11 +62,14 @@ class LineSearch(HistogramObserver):
 
     def _rule(self, seen: Histogram, how: Cast) -> tuple[Tensor, Tensor]:
         if self.mode == "fixed":
-            most = torch.full_like(seen.high, how.format.max)
-            return -most, most
+            first, last = how.format.min, how.format.max
+            if not how.affine and how.format.signed:  # the lowest code of an integer is not used
+                last = min(last, -first)
+                first = -last
+            return torch.full_like(seen.low, first), torch.full_like(seen.high, last)
         clips, errors = _errors(seen, how)
-        clip = clips.gather(0, errors.argmin(0, keepdim=True)).squeeze(0).clamp(max=FLOAT32_MAX)
-        return -clip, clip
+        low, high = _ends(seen, clips.gather(0, errors.argmin(0, keepdim=True)).squeeze(0), how)
+        return low.clamp(min=-FLOAT32_MAX), high.clamp(max=FLOAT32_MAX)
 
 
 def splits(bits: int) -> list[FloatFormat]:
@@ -84,4 +87,10 @@ def _errors(seen: Histogram, how: Cast) -> tuple[Tensor, Tensor]:
     """The grid of clips and what each loses, [111, rows]."""
     values, counts, unit = seen.points()
     clips = CLIPS.to(unit.device)[:, None] * torch.maximum(-seen.low, seen.high)
-    return clips, squared_error(values, counts, -clips / unit, clips / unit, how)
+    low, high = _ends(seen, clips, how)
+    return clips, squared_error(values, counts, low / unit, high / unit, how)
+
+
+def _ends(seen: Histogram, clip: Tensor, how: Cast) -> tuple[Tensor, Tensor]:
+    """The range for a clip: an affine one ends where the data does if that is nearer."""
+    return (torch.maximum(-clip, seen.low), torch.minimum(clip, seen.high)) if how.affine else (-clip, clip)

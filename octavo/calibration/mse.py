@@ -19,6 +19,7 @@ from octavo.core.granularity import PerToken
 from octavo.core.scaling import Constant, scale_of_range
 
 AN_OCTAVE = 16  # candidates
+BEYOND = 4  # candidates above the largest magnitude: floats may gain from them
 SPANS = (1 / AN_OCTAVE, 1 / 128)  # octaves to either side of the best so far, searched in turn
 WIDE_SPANS = (1.0, 1 / 4, *SPANS)
 AROUND = 17  # candidates in each span
@@ -39,11 +40,10 @@ class MSE(HistogramObserver):
         search = _Search(values, counts, how)
         # no clip below a quarter of the root mean square can be best: it would lose most of the power
         power = (values.double().square() * counts).sum(1) / counts.sum(1)
-        least = torch.where(power > 0, power.sqrt() / 4, 1.0).minimum(largest.where(largest > 0, 1.0))
-        most = largest * 2 ** (1 / 4)  # floats may gain from a grid that reaches beyond
-        octaves = float((most / least).clamp(min=1).log2().max())
-        steps = torch.linspace(0, 1, math.ceil(AN_OCTAVE * octaves) + 2, device=low.device)[:, None]
-        clips = torch.cat([least * (most / least).clamp(min=1) ** steps, largest[None]])
+        least = power.sqrt() / 4
+        octaves = float((largest / least).nan_to_num(1.0).log2().max())  # all zeros: 0/0
+        down = torch.arange(-BEYOND, math.ceil(AN_OCTAVE * octaves) + 1, device=low.device)[:, None]
+        clips = torch.maximum(largest * 2 ** (-down.double() / AN_OCTAVE), least)
         if not how.affine:
             clip = search.best(-clips, clips)[1]
             for span in SPANS:

@@ -27,6 +27,7 @@ from octavo.core.scaling import Constant, scale_of_range
 from octavo.errors import OctavoError
 
 Own = TypeVar("Own", bound="Observer")
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_RANGES = 1 << 40  # in a file that claims more, something is wrong
 
 
@@ -56,8 +57,9 @@ class Observer(ABC):
         Raises ``OctavoError`` for NaN, for infinities and what float32 cannot hold, and for a tensor with another
         number of ranges than those before.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise OctavoError(f"an observer takes float tensors, not {getattr(x, 'dtype', type(x).__name__)}")
+        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+            what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise OctavoError(f"an observer takes float32, float64, bfloat16 or float16 tensors, not {what}")
         if x.is_meta:
             raise OctavoError("the tensor is on the meta device and holds no numbers; load the weights first")
         if x.numel() == 0:
@@ -153,7 +155,9 @@ class Observer(ABC):
         """Have seen what ``state_dict`` was made of, and nothing else. Raises ``OctavoError`` if it does not fit."""
         count = int(part(state, "count", torch.int64))
         if count == 0:
-            vars(self).update(vars(self.fresh()))
+            fresh = self.fresh()
+            for f in fields(self):
+                setattr(self, f.name, getattr(fresh, f.name))
             return
         shape = tuple(part(state, "shape", torch.int64, None).tolist())
         if count < 0 or min(shape, default=1) < 1 or math.prod(shape) > min(count, MOST_RANGES):
