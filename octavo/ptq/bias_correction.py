@@ -148,7 +148,7 @@ class _Follower:
         """After the quantized layer: learn from what it did, and correct what it gives."""
         shape, expected = self.expected.popleft() if self.expected else (None, None)
         if expected is not None and shape == y.shape and y.numel() > 0:
-            errors = expected - _sample_means(self.layer, y)
+            errors = expected.to(y.device) - _sample_means(self.layer, y)
             self.count += len(errors)
             self.sum = self.sum.to(errors) + errors.sum(0)
             self.squares = self.squares.to(errors) + errors.square().sum()

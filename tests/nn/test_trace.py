@@ -149,6 +149,7 @@ def test_computed_weights_belong_to_their_layer():
     assert readers(net) == ["module 'b'"]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_scripted_and_compiled_parts():
     @torch.jit.script
     def swish(x):

