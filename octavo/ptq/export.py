@@ -140,6 +140,16 @@ def operator_name(node: fx.Node) -> str:
     return str(getattr(target, "__name__", target))
 
 
+def bound(node: fx.Node) -> dict[str, Any]:
+    """A node's arguments by the names that its operator's schema gives them, defaults included."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    expected = node.target._schema.arguments
+    given = {a.name: a.default_value for a in expected if a.has_default_value()}
+    given |= dict(zip((a.name for a in expected), node.args, strict=False))
+    given |= node.kwargs
+    return {a.name: given[a.name] for a in expected}
+
+
 def _export(
     model: nn.Module, tensors: Mapping[str, Tensor], others: Mapping[str, Any], only_batch: bool
 ) -> "ExportedProgram":
@@ -171,6 +181,8 @@ def _cleaned(program: "ExportedProgram", names: Iterable[str]) -> Exported:
         if node.op == "call_function" and _does_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif operator_name(node) in ("view", "_unsafe_view"):  # without the copies, strides may be others
+            node.target = torch.ops.aten.reshape.default
     graph.eliminate_dead_code()
     spec = program.call_spec.out_spec
     assert spec is not None
@@ -184,6 +196,9 @@ def _does_nothing(node: fx.Node) -> bool:
         source = node.args[0]
         kinds = [x.meta["val"].dtype for x in (source, node) if isinstance(x, fx.Node)]
         return all(kind.is_floating_point for kind in kinds)
+    if name == "slice":  # of everything
+        shapes = [str(x.meta["val"].shape) for x in (node.args[0], node) if isinstance(x, fx.Node)]
+        return shapes[0] == shapes[1] and node.args[4:] in ((), (1,))
     return name in _COPIES
 
 

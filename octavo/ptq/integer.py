@@ -5,6 +5,7 @@ The model is exported as a graph of torch's operators (``ptq.export``), every op
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -67,10 +68,9 @@ def integer_only(
 def _follow(
     model: nn.Module, tensors: dict[str, Tensor], others: dict[str, Any], weight: Cast, activation: Cast
 ) -> Plan:
-    try:
+    with suppress(OctavoError):  # sizes that vary may be in the way
         return Plan(export(model, tensors, others), others, weight, activation)
-    except OctavoError:  # sizes that vary may be in the way
-        return Plan(export(model, tensors, others, only_batch=True), others, weight, activation)
+    return Plan(export(model, tensors, others, only_batch=True), others, weight, activation)
 
 
 def _show(plan: Plan, tensors: dict[str, Tensor], observers: dict[fx.Node, Observer], number: int) -> None:

@@ -30,10 +30,10 @@ from octavo.nn.integer.moves import MOVES, Move, Pad, Reshape
 from octavo.nn.integer.op import IntegerOp
 from octavo.nn.integer.pools import AdaptiveAveragePool, AdaptiveMaxPool, AveragePool, Maximum, MaxPool, Mean
 from octavo.nn.integer.sums import Convolution, Linear
-from octavo.ptq.export import Exported, operator_name, where
+from octavo.ptq.export import Exported, bound, operator_name, where
+from octavo.ptq.functions import CLAMPS, Limits, functions, limits_of, raise_limits
 
 LARGEST_BIAS = 1 << 30  # leaves the other half of int32 to the products
-FINEST = 1 / 256  # of what a sum counts in: codes finer than that show nothing more
 #: Makes an operation from the encodings of its inputs and the encoding that its calibrated range asks for, if any.
 Build = Callable[[list[Encoding], Encoding | None], IntegerOp]
 
@@ -58,14 +58,19 @@ class Plan:
         self.exported, self.others, self.weight, self.activation = exported, others, weight, activation
         self.tensors: dict[fx.Node, int] = {}  # those that will be codes, by number
         self.constants: dict[fx.Node, Any] = dict(exported.state)
+        self.absorbed: set[fx.Node] = set()  # those that became part of the operation before them
         self.steps: list[_Step] = []
         for node in exported.inputs.values():
             self.tensors[node] = len(self.tensors)
         self.given = len(self.tensors)
-        _raise_limits(exported.module.graph)
-        for node in exported.module.graph.nodes:
-            if node not in self.tensors and node not in self.constants:
-                self._follow(node)
+        graph = exported.module.graph
+        raise_limits(graph, _ROUNDING)
+        for node in graph.nodes:
+            self._fold(node)
+        self.roots = functions(graph, self.constants)
+        for node in graph.nodes:
+            if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor | tuple | list):
+                self._lower(node)
         self.result = self._numbered(exported.result)
 
     @property
@@ -95,29 +100,33 @@ class Plan:
 
     # --- following the graph
 
-    def _follow(self, node: fx.Node) -> None:
+    def _fold(self, node: fx.Node) -> None:
+        """What does not depend on the inputs is computed at once."""
+        if node in self.tensors or node in self.constants:
+            return
         if node.op == "placeholder":
             self.constants[node] = self.others.get(str(node.target), node.meta.get("val"))
         elif node.op == "get_attr":
-            self.constants[node] = _attribute(self.exported.module, str(node.target))
-        elif node.op == "call_function" and not isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat):
-            if any(x in self.tensors for x in node.all_input_nodes):
-                self._lower(node)
-            elif all(x in self.constants for x in node.all_input_nodes):
-                args, kwargs = fx.map_arg((node.args, node.kwargs), self.constants.__getitem__)
-                self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            else:
-                raise OctavoError(f"{where(node)} is made of the input's size, which codes are not")
+            self.constants[node] = operator.attrgetter(str(node.target))(self.exported.module)
+        elif node.op == "call_function" and all(x in self.constants for x in node.all_input_nodes):
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                raise OctavoError(f"{where(node)} makes random numbers, which integer-only inference has not")
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.constants.__getitem__)
+            self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _lower(self, node: fx.Node) -> None:
+        if any(node in known for known in (self.constants, self.tensors, self.absorbed)):
+            return
+        if not any(x in self.tensors or x in self.absorbed for x in node.all_input_nodes):
+            raise OctavoError(f"{where(node)} is made of the input's size, which codes do not show")
         name = operator_name(node)
         handler = _HANDLERS.get(name)
-        if handler is not None:
+        if node in self.roots:
+            self._function(node)
+        elif handler is not None:
             handler(self, node)
         elif name in MOVES:
             self._move(node)
-        elif _is_function(node):
-            self._function(node)
         else:
             raise _unsupported(node)
 
@@ -156,14 +165,15 @@ class Plan:
 
     # --- what stands behind an operation and becomes part of it
 
-    def _limits(self, last: fx.Node) -> tuple[fx.Node, "_Limits"]:
+    def _limits(self, last: fx.Node) -> tuple[fx.Node, "Limits"]:
         """The last of the clamps that alone read ``last``, and what they leave."""
-        limits = _Limits()
+        limits = Limits()
         while len(last.users) == 1:
             user = next(iter(last.users))
-            found = _limits_of(user)
+            found = limits_of(user)
             if found is None:
                 break
+            self.absorbed.add(user)
             last, limits = user, limits.then(found)
         return last, limits
 
@@ -172,10 +182,12 @@ class Plan:
         user = next(iter(last.users)) if len(last.users) == 1 else None
         if user is None or operator_name(user) not in _NORMS:
             return None
-        return _first_result(user), *self._norm_terms(user)
+        result = _first_result(user)
+        self.absorbed |= {user, result}
+        return result, *self._norm_terms(user)
 
     def _norm_terms(self, node: fx.Node) -> tuple[Tensor, Tensor]:
-        given = {name: self._value(node, x, name) for name, x in _bound(node).items() if name != "input"}
+        given = {name: self._value(node, x, name) for name, x in bound(node).items() if name != "input"}
         if given.get("training") or given["running_mean"] is None:
             raise OctavoError(
                 f"{where(node)} takes its statistics from each batch, which has no place on integers; train it with "
@@ -190,12 +202,12 @@ class Plan:
     # --- operations
 
     def _linear(self, node: fx.Node) -> None:
-        given = _bound(node)
+        given = bound(node)
         weight = self._value(node, given["weight"], "weight")
         self._weighted(node, Linear, given["input"], weight, self._value(node, given["bias"], "bias"))
 
     def _matmul(self, node: fx.Node) -> None:
-        x, other = list(_bound(node).values())[:2]
+        x, other = list(bound(node).values())[:2]
         if x not in self.tensors or len(other.meta["val"].shape) != 2:
             raise OctavoError(
                 f"{where(node)}: a product of matrices runs on integers if the second is a weight [in, out]"
@@ -203,7 +215,7 @@ class Plan:
         self._weighted(node, Linear, x, self._value(node, other, "second matrix").mT, None)
 
     def _addmm(self, node: fx.Node) -> None:
-        given = _bound(node)
+        given = bound(node)
         if given["beta"] != 1 or given["alpha"] != 1 or given["mat1"] not in self.tensors:
             raise _unsupported(node)
         bias = self._value(node, given["self"], "bias")
@@ -211,7 +223,7 @@ class Plan:
         self._weighted(node, Linear, given["mat1"], weight, bias.expand(weight.shape[0]))
 
     def _convolution(self, node: fx.Node) -> None:
-        given = _bound(node)
+        given = bound(node)
         x, weight = given["input"], self._value(node, given["weight"], "weight")
         size = weight.shape[2:]
         dims, groups = len(size), given["groups"]
@@ -263,10 +275,8 @@ class Plan:
 
     def _arithmetic(self, node: fx.Node) -> None:
         """Add, subtract, multiply: of two tensors, or of one and a constant."""
-        given = _bound(node)
+        given = bound(node)
         operands = [given["self"], given["other"]]
-        if not all(x in self.tensors for x in operands) and self._function(node, strict=False):
-            return
         kind = operator_name(node)
         if given.get("alpha", 1) != 1:
             raise OctavoError(f"{where(node)}: alpha is {given['alpha']}; multiply the second tensor first")
@@ -295,7 +305,7 @@ class Plan:
         return self.given + len(self.steps) - 1
 
     def _concatenate(self, node: fx.Node) -> None:
-        given = _bound(node)
+        given = bound(node)
         takes = [x if x in self.tensors else self._constant(node, x) for x in given["tensors"]]
         last, limits = self._limits(node)
 
@@ -304,31 +314,42 @@ class Plan:
 
         self._plan(node, last, takes, build)
 
-    def _function(self, node: fx.Node, strict: bool = True) -> bool:
-        """Any operator that works number by number, with constants for all operands but one; False if it cannot."""
-        operands = [x for x in node.all_input_nodes if x in self.tensors]
-        x, rank = operands[0], len(operands[0].meta["val"].shape)
-        if len(operands) > 1 or str(node.meta["val"].shape) != str(x.meta["val"].shape):
-            if strict:
-                raise _unsupported(node)
-            return False
+    def _function(self, node: fx.Node) -> None:
+        """Any function of one tensor's numbers, as a table; what only leads to it needs none."""
+        root = self.roots[node]
+        if all(self.roots.get(user) is root for user in node.users):
+            self.absorbed.add(node)
+            return
+        if not node.meta["val"].is_floating_point():
+            raise _unsupported(node)
+        rank = len(root.meta["val"].shape)
 
         def apply(values: Tensor) -> Tensor:
-            def operand(other: fx.Node) -> Any:
-                constant = values if other is x else self._value(node, other, "operand")
-                if constant is values or not isinstance(constant, Tensor):
-                    return constant
-                constant = (constant.double() if constant.is_floating_point() else constant).cpu()
-                return constant.reshape(*(1,) * (rank - constant.dim()), *constant.shape, 1)
+            known: dict[fx.Node, Any] = {root: values}
 
-            args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
-            result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-            return result
+            def operand(x: fx.Node) -> Any:
+                if x in known:
+                    return known[x]
+                if x in self.constants:
+                    constant = self.constants[x]
+                    if not isinstance(constant, Tensor):
+                        return constant
+                    constant = (constant.double() if constant.is_floating_point() else constant).cpu()
+                    return constant.reshape(*(1,) * (rank - constant.dim()), *constant.shape, 1)
+                known[x] = result(x)
+                return known[x]
 
-        return self._tabulate(node, node, x, apply, strict)
+            def result(x: fx.Node) -> Any:
+                args, kwargs = fx.map_arg((x.args, x.kwargs), operand)
+                return x.target(*args, **kwargs)  # type: ignore[operator]
+
+            found: Tensor = result(node)
+            return found
+
+        self._tabulate(node, node, root, apply)
 
     def _prelu(self, node: fx.Node) -> None:
-        given = _bound(node)
+        given = bound(node)
         x = given["self"]
         slope = self._value(node, given["weight"], "slope").double().cpu()
         behind = max(len(x.meta["val"].shape) - 2, 0) + 1 if slope.numel() > 1 else 0
@@ -337,26 +358,16 @@ class Plan:
 
     def _batch_norm(self, node: fx.Node) -> None:
         """One that could not be folded."""
-        x = _bound(node)["input"]
+        x = bound(node)["input"]
         factor, term = (t.cpu().reshape(-1, *(1,) * (len(x.meta["val"].shape) - 1)) for t in self._norm_terms(node))
-        self._tabulate(node, _first_result(node), x, lambda values: values * factor + term)
+        result = _first_result(node)
+        self.absorbed.add(result)
+        self._tabulate(node, result, x, lambda values: values * factor + term)
 
-    def _tabulate(
-        self,
-        node: fx.Node,
-        last: fx.Node,
-        x: fx.Node,
-        apply: Callable[[Tensor], Tensor],
-        strict: bool = True,
-    ) -> bool:
+    def _tabulate(self, node: fx.Node, last: fx.Node, x: fx.Node, apply: Callable[[Tensor], Tensor]) -> None:
         """``apply`` takes float64 [codes] to [codes], or to […, codes] with one number a channel before it."""
-        rank = len(x.meta["val"].shape)
-        lead = list(apply(torch.zeros(1, dtype=torch.float64)).shape[:-1])
+        lead = apply(torch.zeros(1, dtype=torch.float64)).shape[:-1]
         varying = [dim for dim, n in enumerate(lead, -len(lead)) if n != 1]
-        if len(varying) > 1 or len(lead) > rank:
-            if strict:
-                raise OctavoError(f"{where(node)}: its constants vary along several dimensions, one is possible")
-            return False
         last, limits = self._limits(last)
 
         def build(inputs: list[Encoding], observed: Encoding | None) -> IntegerOp:
@@ -371,40 +382,38 @@ class Plan:
             return Lookup(inputs, output, output.quantize(result), varying[0] if varying else None)
 
         self._plan(node, last, [x], build)
-        return True
 
     def _clamp(self, node: fx.Node) -> None:
         """One that could not become the limits of what stands before it."""
-        found = _limits_of(node)
+        found = limits_of(node)
         x = node.args[0]
         assert isinstance(x, fx.Node)
         if found is None:
-            self._function(node)
-            return
+            raise _unsupported(node)
         limits = found
         self._plan(node, node, [x], lambda ins, _: Clamp(ins, ins[0].limited(limits.low, limits.high)), observed=False)
 
     def _max_pool(self, node: fx.Node) -> None:
         windows = _windows(node)
-        self._keep(node, _bound(node)["self"], lambda inputs, output: MaxPool(inputs, output, windows))
+        self._keep(node, bound(node)["self"], lambda inputs, output: MaxPool(inputs, output, windows))
 
     def _average_pool(self, node: fx.Node) -> None:
-        given = _bound(node)
+        given = bound(node)
         settings = (_windows(node), given["count_include_pad"], given.get("divisor_override"))
         self._keep(node, given["self"], lambda inputs, output: AveragePool(inputs, output, *settings))
 
     def _adaptive_max_pool(self, node: fx.Node) -> None:
-        given = _bound(node)
+        given = bound(node)
         size = self._adaptive_size(node, given)
         self._keep(node, given["self"], lambda inputs, output: AdaptiveMaxPool(inputs, output, size))
 
     def _adaptive_average_pool(self, node: fx.Node) -> None:
-        given = _bound(node)
+        given = bound(node)
         size = self._adaptive_size(node, given)
         self._average(node, given["self"], lambda inputs, output: AdaptiveAveragePool(inputs, output, size))
 
     def _mean(self, node: fx.Node) -> None:
-        given = _bound(node)
+        given = bound(node)
         dims = _from_the_last(given["self"], given.get("dim"))
         keepdim = bool(given.get("keepdim", False))
         self._average(node, given["self"], lambda inputs, output: Mean(inputs, output, dims, keepdim))
@@ -414,10 +423,9 @@ class Plan:
         self._plan(node, last, [x], lambda inputs, observed: make(inputs, limits.on(observed, inputs[0].scale)))
 
     def _maximum(self, node: fx.Node) -> None:
-        given = _bound(node)
+        given = bound(node)
         if "other" in given:
-            self._function(node)
-            return
+            raise _unsupported(node)
         dims = _from_the_last(given["self"], given.get("dim"))
         keepdim = bool(given.get("keepdim", False))
         self._keep(node, given["self"], lambda inputs, output: Maximum(inputs, output, dims, keepdim))
@@ -433,7 +441,7 @@ class Plan:
         return size
 
     def _pad(self, node: fx.Node) -> None:
-        given = _bound(node)
+        given = bound(node)
         if given.get("mode", "constant") != "constant":
             self._move(node)
             return
@@ -477,7 +485,7 @@ class Plan:
         self._keep(node, x, lambda inputs, output: Move(inputs, output, "expand.default", [sizes]))
 
     def _move(self, node: fx.Node) -> None:
-        given = _bound(node)
+        given = bound(node)
         x, *rest = given.values()
         operator = f"{operator_name(node)}.{node.target._overloadname}"  # type: ignore[union-attr]
         arguments = self._value(node, rest, "arguments")
@@ -485,7 +493,7 @@ class Plan:
 
     def _split(self, node: fx.Node) -> None:
         """Each part that is taken up is a slice."""
-        given = _bound(node)
+        given = bound(node)
         x, dim = given["self"], given.get("dim", 0)
         sizes: Any = given.get("split_sizes", given.get("split_size"))
         for user in node.users:
@@ -508,24 +516,6 @@ class Plan:
         if part != 0:
             raise OctavoError(f"{where(source)}: only its first result can be computed on integers")
         self.tensors[node] = self.tensors[source]
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """Where clamps leave a tensor."""
-
-    low: float = -math.inf
-    high: float = math.inf
-
-    def then(self, other: "_Limits") -> "_Limits":
-        """Both, one after the other."""
-        low, high = (min(max(end, other.low), other.high) for end in (self.low, self.high))
-        return _Limits(low, high)
-
-    def on(self, observed: Encoding | None, unit: float) -> Encoding:
-        """The encoding of a tensor so limited: as its range asks for, but not much finer than its sums count."""
-        assert observed is not None
-        return observed.coarser(unit * FINEST).limited(self.low, self.high)
 
 
 def encoding_of(fmt: Format, scale: float, zero_point: int | None) -> Encoding:
@@ -557,73 +547,18 @@ def _quantized(weight: Tensor, bias: Tensor, x: Encoding, how: Cast) -> tuple[Te
     return codes, scale, (bias / (x.scale * scale.double())).round().int()
 
 
-def _raise_limits(graph: fx.Graph) -> None:
-    """Let clamps change places with max pools and moves before them, so that a sum can take them over."""
-    for node in list(graph.nodes):
-        if _limits_of(node) is None:
-            continue
-        top = first = node.args[0]
-        while operator_name(first) in _COMMUTING and len(first.users) == 1:
-            below, first = first, first.args[0]
-        source = first.args[0] if first.target is operator.getitem else first
-        if first is top or len(first.users) > 1 or operator_name(source) not in _ROUNDING:
-            continue
-        with graph.inserting_after(first):
-            clamp = graph.create_node("call_function", node.target, (first, *node.args[1:]), node.kwargs)
-        clamp.meta = {**node.meta, "val": first.meta["val"]}
-        below.replace_input_with(first, clamp)
-        node.replace_all_uses_with(top)
-        graph.erase_node(node)
-
-
-def _limits_of(node: fx.Node) -> _Limits | None:
-    """What an operator clamps to, if it does nothing else."""
-    name = operator_name(node)
-    if name not in _CLAMPS:
-        return None
-    given = list(_bound(node).values())[1:]
-    low, high = {"relu": (0, None), "relu6": (0, 6), "clamp_max": (None, *given)}.get(name, (*given, None)[:2])
-    if any(isinstance(end, fx.Node) for end in (low, high)):
-        return None
-    return _Limits(-math.inf if low is None else float(low), math.inf if high is None else float(high))
-
-
-def _bound(node: fx.Node) -> dict[str, Any]:
-    """A node's arguments by the names that its operator's schema gives them, defaults included."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    expected = node.target._schema.arguments
-    given = {a.name: a.default_value for a in expected if a.has_default_value()}
-    given |= dict(zip((a.name for a in expected), node.args, strict=False))
-    given |= node.kwargs
-    return {a.name: given[a.name] for a in expected}
-
-
-def _is_function(node: fx.Node) -> bool:
-    """Whether the operator works number by number, the same way each time, and gives real numbers."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
-        return False
-    value = node.meta.get("val")
-    return torch.Tag.pointwise in target.tags and isinstance(value, Tensor) and value.is_floating_point()
-
-
 def _first_result(node: fx.Node) -> fx.Node:
     """Of an operator with several results the node of the first, else the node."""
     return next((user for user in node.users if user.target is operator.getitem), node)
 
 
 def _unsupported(node: fx.Node) -> OctavoError:
-    known = sorted({re.sub(r"^_|_with_indices$|_?\d?d(?=$|_)", "", name) for name in _HANDLERS if "batch" not in name})
     return OctavoError(
-        f"{where(node)} cannot run on integers. What can: {', '.join(known)}, batch_norm, functions of one number, "
-        "and what only moves numbers. Leave it out of the model and apply it to the result, or use octavo.quantize_"
+        f"{where(node)} cannot run on integers. What can: linear layers, convolutions and transposed ones, matmul by a "
+        "weight, BatchNorm; add, sub, mul, cat; max, average and adaptive pools, means and maxima; functions "
+        "of one number (relu, gelu, sigmoid, …); and what only moves numbers (view, permute, split, pad, nearest "
+        "upsampling, …). Leave it out of the model and apply it to the result, or use octavo.quantize_"
     )
-
-
-def _attribute(module: torch.nn.Module, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
 
 
 def _each(x: Any, count: int) -> list[Any]:
@@ -641,7 +576,7 @@ def _dimensions(node: fx.Node) -> int:
 
 def _windows(node: fx.Node) -> list[list[Any]]:
     """One window for every dimension of a pool."""
-    given, count = _bound(node), _dimensions(node)
+    given, count = bound(node), _dimensions(node)
     stride = given["stride"] or given["kernel_size"]
     numbers = (given["kernel_size"], stride, given["padding"], given.get("dilation", 1))
     each = zip(*(_each(x, count) for x in numbers), strict=True)
@@ -660,11 +595,10 @@ def _mover(name: str, arguments: list[Any]) -> Callable[[list[Encoding], Encodin
 
 
 _NORMS = ("_native_batch_norm_legit_no_training", "_batch_norm_no_update", "batch_norm", "native_batch_norm")
-_CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max")
-_RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten")
+_RESHAPES = ("reshape", "flatten", "unflatten")
 _HANDLERS: dict[str, Callable[[Plan, fx.Node], Any]] = {
     **dict.fromkeys(_NORMS, Plan._batch_norm),
-    **dict.fromkeys(_CLAMPS, Plan._clamp),
+    **dict.fromkeys(CLAMPS, Plan._clamp),
     **dict.fromkeys(_RESHAPES, Plan._reshape),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), Plan._convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), Plan._convolution),
@@ -690,4 +624,3 @@ _HANDLERS: dict[str, Callable[[Plan, fx.Node], Any]] = {
 _ROUNDING = {*_NORMS, "linear", "matmul", "mm", "addmm", "add", "sub", "mul", "cat", "mean"} | {
     name for name in _HANDLERS if name.startswith(("conv", "adaptive_avg", "_adaptive_avg"))
 }
-_COMMUTING = {*_RESHAPES, "max_pool1d", "max_pool2d", "max_pool3d", *MOVES} - {"pad"}

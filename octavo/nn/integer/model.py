@@ -81,7 +81,7 @@ class IntegerModel(nn.Module):
             if not known or operation.inputs != tuple(self.encodings[i] for i in takes):
                 raise OctavoError(f"{self.names[number - len(inputs)]}: it does not take what it is given")
         self.outputs = list(_leaves(result))
-        if not self.outputs or not all(0 <= i < len(self.encodings) for i in self.outputs):
+        if not self.outputs or not all(type(i) is int and 0 <= i < len(self.encodings) for i in self.outputs):
             raise OctavoError("an integer model returns at least one of its own tensors")
         last = {i: number for number, takes in enumerate(self.wiring) for i in takes}
         self._spent = [
@@ -147,7 +147,7 @@ class IntegerModel(nn.Module):
                     x = operation.output.fake_quantize(operation.real(*given))
                 else:
                     x = operation(*given) if way == "forward" else operation.rounded(*given)
-            except (RuntimeError, IndexError, ValueError, OctavoError) as error:
+            except (RuntimeError, IndexError, ValueError, TypeError, OctavoError) as error:
                 shapes = ", ".join(str(list(x.shape)) for x in given)
                 raise OctavoError(f"{self.names[number]} cannot take {shapes}: {error}") from error
             alive[number + len(self.inputs)] = x
