@@ -76,7 +76,7 @@ def test_int8(kind, bins):
         (ov.Cast("e3m4"), True, rounded_levels(ml_dtypes.float8_e3m4)),
         (ov.Cast("e2m3"), True, rounded_levels(ml_dtypes.float6_e2m3fn)),
     ],
-    ids=str,
+    ids=lambda value: value.format.name + "-affine" * value.affine if isinstance(value, ov.Cast) else None,
 )
 def test_other_formats(kind, how, two_signs, levels):
     check(coarse(kind, 331), levels, how, two_signs)
