@@ -190,7 +190,8 @@ def multiplier_of(module: nn.Embedding) -> float | None:
     """
     if type(module).forward is nn.Embedding.forward:
         return 1.0
-    own = [value for name, value in vars(module).items() if name not in vars(nn.Embedding(1, 1))]
+    plain = vars(nn.Embedding(1, 1, device="meta"))
+    own = [value for name, value in vars(module).items() if name not in plain]
     buffers = dict(module.named_buffers())
     if (
         any(module.children())
