@@ -20,7 +20,6 @@ from octavo.core.granularity import scale_shape
 from .streams import CASTS, HISTOGRAMS, KINDS, OBSERVERS, name, numbers, same_state, seen, streams
 
 every_observer = pytest.mark.parametrize("kind", OBSERVERS, ids=name)
-every_cast = pytest.mark.parametrize("how", CASTS, ids=str)
 
 
 @every_observer
