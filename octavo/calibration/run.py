@@ -84,7 +84,12 @@ class Calibration:
             odd = sorted(self.observers.keys() ^ later.observers.keys())
             raise OctavoError(f"these calibrations are not of the same layers: {', '.join(odd[:3])} is in one only")
         for name, observer in self.observers.items():
-            _within(name, lambda observer=observer, name=name: observer.merge(later.observers[name]))
+            try:  # in a trial first: either all merge or none
+                observer.fresh().merge(later.observers[name])
+            except OctavoError as error:
+                raise OctavoError(f"{name}: {error}") from error
+        for name, observer in self.observers.items():
+            observer.merge(later.observers[name])
         self.batches += later.batches
 
     def save(self, file: str | os.PathLike[str]) -> None:
@@ -93,7 +98,7 @@ class Calibration:
 
         told = {name: observer.settings() for name, observer in self.observers.items()}
         tensors = {
-            f"{name}|{part}": tensor.contiguous()
+            f"{name}|{part}": tensor.clone()
             for name, observer in self.observers.items()
             for part, tensor in observer.state_dict().items()
         }
@@ -112,7 +117,7 @@ class Calibration:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
+            with safe_open(file, "pt") as opened:
                 told = opened.metadata() or {}
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
             if told.get("octavo") != "calibration":
@@ -164,15 +169,11 @@ class _Watch:
                     self.seen.append((name, part))
                     return
             part = like.fresh()
-            _within(f"the input of layer {name}", lambda: part.update(x))
+            try:
+                part.update(x)
+            except OctavoError as error:
+                raise OctavoError(f"the input of layer {name}: {error}") from error
             self.last = (x, x._version, part)
             self.seen.append((name, part))
 
         return look
-
-
-def _within(where: str, act: Callable[[], None]) -> None:
-    try:
-        act()
-    except OctavoError as error:
-        raise OctavoError(f"{where}: {error}") from error
