@@ -22,7 +22,7 @@ from octavo.core.qtensor import QTensor
 from octavo.core.records import from_json, to_json
 from octavo.core.schemes import Scheme
 from octavo.errors import OctavoError
-from octavo.io import compressed_tensors, huggingface, loading, safe_files
+from octavo.io import compressed_tensors, huggingface, kv_cache, loading, safe_files
 from octavo.io.folder import atomic_folder, did_you_mean
 from octavo.io.safe_files import TensorInfo
 from octavo.nn import swap
@@ -51,6 +51,8 @@ def layout_for(model: nn.Module) -> tuple[str, str]:
         why = compressed_tensors.obstacle(layer.scheme, layer.in_features, layer.transposed)
         if why is not None:
             return "octavo", f"{name}: {why}"
+    if (why := kv_cache.obstacle(kv_cache.found_in(model), model)) is not None:
+        return "octavo", why
     if not is_transformers(model):
         return "octavo", f"{type(model).__name__} is not a transformers model"
     return "compressed-tensors", ""
@@ -76,15 +78,17 @@ def save(
     possible, why = layout_for(model)
     if layout == "compressed-tensors" and possible != layout:
         raise OctavoError(f"compressed-tensors cannot hold this model: {why}. Save it with layout='octavo'")
+    caches = kv_cache.found_in(model)
     if layout == "octavo":
-        state = dict(model.state_dict())
+        state = {**model.state_dict(), **kv_cache.own_tensors(caches)}
         method: dict[str, Any] = {"quant_method": "octavo", "note": "open with octavo.load"}
     else:
         state = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] not in layers}
         linears = {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
         for name, layer in linears.items():
             state |= compressed_tensors.tensors(name, layer)
-        method = compressed_tensors.config(linears, model)
+        state |= kv_cache.public_tensors(caches, next(iter(layers.values())).dtype)
+        method = compressed_tensors.config(linears, model) | {"kv_cache_scheme": kv_cache.public_scheme(caches)}
     with atomic_folder(folder, force) as unfinished:
         if is_transformers(model):
             _write_config(model, layers, unfinished, method)
@@ -96,6 +100,7 @@ def save(
                 name: {"scheme": to_json(x.scheme), "dtype": str(x.dtype).removeprefix("torch.")}
                 for name, x in layers.items()
             },
+            "kv_cache": kv_cache.own_record(caches),
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _write_tensors(model, state, unfinished, safe_files.OWN if layout == "octavo" else safe_files.WEIGHTS)
@@ -126,10 +131,13 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     infos = safe_files.tensors(path)
     manifest = safe_files.read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}
     plan: Callable[[nn.Module], dict[str, _Stored]]
+    plan_cache: Callable[[nn.Module], dict[str, kv_cache.Stored]]
     if manifest.get("layout") == "octavo":
         plan = partial(_plan_native, path, manifest, infos)
+        plan_cache = partial(kv_cache.own_plan, manifest.get("kv_cache", {}), infos, where=str(path / MANIFEST))
     elif _method(config) == compressed_tensors.METHOD:
         plan = partial(_plan_compressed, path, config)
+        plan_cache = partial(kv_cache.public_plan, config["quantization_config"], infos, where=str(path / CONFIG))
     else:
         raise OctavoError(
             f"{path} is {_method(config) or 'not quantized'}; octavo.load opens compressed-tensors and octavo "
@@ -140,13 +148,14 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         _check_depth(path, config, len(infos))
         with torch.device("meta"), loading.transformers_on(path / CONFIG):
             shapes = model_class(settings)
-        stored = _check_plan(path, plan(shapes), shapes, infos)
+        stored, caches = _check_plan(path, plan(shapes), shapes, infos), plan_cache(shapes)
         tensors = dict(safe_files.read(path, *infos))
-        model = _transformers_model(path, model_class, settings, stored, shapes, tensors, infos)
+        floats = _floats(tensors, stored, caches)
+        model = _transformers_model(path, model_class, settings, stored, shapes, floats, infos)
     else:
-        stored = _check_plan(path, plan(model), model, infos)
+        stored, caches = _check_plan(path, plan(model), model, infos), plan_cache(model)
         tensors = dict(safe_files.read(path, *infos))
-        _load_floats(path, model, stored, tensors)
+        _load_floats(path, model, stored, _floats(tensors, stored, caches))
     layers = {name: layer for layer in swap.layers(model) for name in layer.names}
     for name, entry in stored.items():
         layer = layers[name]
@@ -156,6 +165,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         weight = build(name, pieces, entry.scheme, (rows, cols), entry.dtype)
         calibrated = _input_scales(name, pieces, entry)
         swap.replace(model, layer, layer.eight_bit.replacing(layer.module, weight, entry.scheme, **calibrated))
+    kv_cache.attach(model, caches, tensors)
     _restore_dtypes(model, tensors)
     _restore_buffers(model, manifest.get("buffers"))
     return model.eval()
@@ -200,7 +210,7 @@ def _check_plan(
     layers = {name for layer in swap.layers(model) if layer.obstacle is None for name in layer.names}
     unknown = [name for name in stored if name not in layers]
     if unknown or not stored:
-        raise OctavoError(f"{path}: {type(model).__name__} has no linear layer {safe_files.listed(unknown)}")
+        raise OctavoError(f"{path}: {type(model).__name__} has no layer {safe_files.listed(unknown)}")
     missing = [part for entry in stored.values() for part in entry.parts if part not in infos]
     if missing:
         raise OctavoError(
@@ -209,28 +219,43 @@ def _check_plan(
     return stored
 
 
+def _floats(
+    tensors: Mapping[str, Tensor], stored: Mapping[str, _Stored], caches: Mapping[str, kv_cache.Stored]
+) -> dict[str, Tensor]:
+    """The tensors that the float model has too."""
+    ours = {part for entry in stored.values() for part in entry.parts}
+    ours |= {part for cache in caches.values() for part in cache.tensors.values()}
+    return {name: tensor for name, tensor in tensors.items() if name not in ours}
+
+
 def _transformers_model(
     path: Path,
     model_class: Any,
     settings: Any,
     stored: Mapping[str, _Stored],
     shapes: nn.Module,
-    tensors: Mapping[str, Tensor],
+    state: dict[str, Tensor],
     infos: Mapping[str, TensorInfo],
 ) -> nn.Module:
     """The model with its float tensors loaded; where codes will go stand weights of one number, spread out."""
-    ours = {part for entry in stored.values() for part in entry.parts}
-    state = {name: tensor for name, tensor in tensors.items() if name not in ours}
     dtype = next(iter(stored.values())).dtype
     for name in stored:
-        weight = shapes.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        state[f"{name}.weight"] = torch.zeros(1, dtype=dtype).expand(weight.shape)
+        for part, tensor in shapes.get_submodule(name).state_dict(prefix=f"{name}.").items():
+            if _of_weight(part) == name:
+                state[part] = torch.ones(1, dtype=dtype).expand(tensor.shape)
     told = _unpacked(infos)
     model: nn.Module = loading.load(
         path, model_class, settings, told, pretrained_model_name_or_path=None, state_dict=state, dtype="auto"
     )
     return model
+
+
+def _of_weight(part: str) -> str | None:
+    """The layer whose weight this tensor is, or is computed from (weight norm); None if it is another of its tensors."""
+    name, computed, _ = part.partition(".parametrizations.weight.")
+    if computed:
+        return name
+    return part.removesuffix(".weight") if part.endswith(".weight") else None
 
 
 def _unpacked(infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
@@ -241,14 +266,12 @@ def _unpacked(infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
     ]
 
 
-def _load_floats(path: Path, model: nn.Module, stored: Mapping[str, _Stored], tensors: Mapping[str, Tensor]) -> None:
-    ours = {part for entry in stored.values() for part in entry.parts}
-    state = {name: tensor for name, tensor in tensors.items() if name not in ours}
+def _load_floats(path: Path, model: nn.Module, stored: Mapping[str, _Stored], state: Mapping[str, Tensor]) -> None:
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise OctavoError(f"{path} does not fit {type(model).__name__}: {safe_files.brief(error)}") from error
-    lost = [name for name in missing if name.removesuffix(".weight") not in stored]
+    lost = [name for name in missing if _of_weight(name) not in stored]
     if lost or unexpected:
         raise OctavoError(
             f"{path} does not fit {type(model).__name__}: it lacks {safe_files.listed(lost) or 'nothing'}, and has no "
@@ -315,7 +338,7 @@ def _unsaved_buffers(model: nn.Module) -> dict[str, str]:
     return {
         name: str(buffer.dtype).removeprefix("torch.")
         for name, buffer in model.named_buffers()
-        if name not in saved and buffer.is_floating_point()
+        if name not in saved and buffer.is_floating_point() and f".{kv_cache.ATTRIBUTE}." not in name
     }
 
 

@@ -85,14 +85,14 @@ def tensors(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
     """The layer's tensors as the layout names and stores them."""
     weight = layer.quantized_weight
     whole = layer.scheme.weight.granularity == PerTensor()  # then the layout has one dimension
-    content = {f"{name}.weight_scale": _short(weight.scale.reshape(1) if whole else weight.scale, weight.dtype)}
+    content = {f"{name}.weight_scale": short(weight.scale.reshape(1) if whole else weight.scale, weight.dtype)}
     if (how := layer.scheme.input) is not None and not isinstance(how.scale, Current):
         scale, zero_point = layer.input_scale, layer.input_zero_point
         if isinstance(how.scale, Constant):
             scale = weight.scale.new_full((1,), how.scale.value)
             zero_point = torch.zeros_like(scale, dtype=torch.int32) if how.affine else None
         assert scale is not None
-        content[f"{name}.input_scale"] = _short(scale, weight.dtype)
+        content[f"{name}.input_scale"] = short(scale, weight.dtype)
         if zero_point is not None:
             unsigned = how.format is formats.UINT8
             content[f"{name}.input_zero_point"] = (zero_point - OFFSET * unsigned).to(torch.int8)
@@ -144,7 +144,7 @@ def parse(told: dict[str, Any], linears: Mapping[str, nn.Module], where: str) ->
     for key, group in groups.items():
         try:
             inputs = group.get("input_activations")
-            scheme = Scheme(_weight_cast(group["weights"]), None if inputs is None else _input_cast(inputs))
+            scheme = Scheme(_weight_cast(group["weights"]), None if inputs is None else input_cast(inputs))
             schemes |= {str(entry): scheme for entry in group["targets"]}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise OctavoError(f"{where}: config group {key!r} is not one Octavo can run: {error}") from error
@@ -217,7 +217,7 @@ def _checked(
     return tensor
 
 
-def _short(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def short(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales in the model's dtype, unless it cannot hold them because the model was converted since."""
     short = scale if dtype == torch.float64 else scale.to(dtype)
     return short if torch.equal(short.float(), scale) else scale
@@ -260,7 +260,8 @@ def _weight_cast(told: dict[str, Any]) -> Cast:
     return Cast(_format(told), _granularity(told))
 
 
-def _input_cast(told: dict[str, Any]) -> Cast:
+def input_cast(told: dict[str, Any]) -> Cast:
+    """How the layout's words for an activation's numbers cast it. Raises ``OctavoError`` for what cannot be run."""
     fmt, granularity = _format(told), _granularity(told)
     dynamic, affine = told.get("dynamic", False), told.get("symmetric", True) is not True
     if not isinstance(dynamic, bool) or (affine and (dynamic or fmt is not formats.INT8)):
