@@ -258,6 +258,14 @@ def _of_weight(part: str) -> str | None:
     return part.removesuffix(".weight") if part.endswith(".weight") else None
 
 
+def _of_weight(part: str) -> str | None:
+    """The layer whose weight this tensor is, or is computed from (weight norm); None for its other tensors."""
+    name, computed, _ = part.partition(".parametrizations.weight.")
+    if computed:
+        return name
+    return part.removesuffix(".weight") if part.endswith(".weight") else None
+
+
 def _unpacked(infos: Mapping[str, TensorInfo]) -> list[TensorInfo]:
     """The headers as if every word of four weights were four numbers, which is what they count for."""
     return [
