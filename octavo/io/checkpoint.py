@@ -251,14 +251,6 @@ def _transformers_model(
 
 
 def _of_weight(part: str) -> str | None:
-    """The layer whose weight this tensor is, or is computed from (weight norm); None if it is another of its tensors."""
-    name, computed, _ = part.partition(".parametrizations.weight.")
-    if computed:
-        return name
-    return part.removesuffix(".weight") if part.endswith(".weight") else None
-
-
-def _of_weight(part: str) -> str | None:
     """The layer whose weight this tensor is, or is computed from (weight norm); None for its other tensors."""
     name, computed, _ = part.partition(".parametrizations.weight.")
     if computed:
