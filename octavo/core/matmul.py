@@ -14,6 +14,7 @@ added in FP32. An operand left as it is has one scale, 1.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from itertools import pairwise, product
 from typing import Any, overload
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from octavo import ops
 from octavo.core.accumulate import FP32, Accumulator, Float32, Integer, sum_products
 from octavo.core.cast import Cast, quantize_unchecked
-from octavo.core.formats import IntegerFormat
+from octavo.core.formats import FloatFormat, IntegerFormat
 from octavo.core.granularity import expand_blocks
 from octavo.core.qtensor import QTensor
 from octavo.errors import OctavoError
@@ -178,29 +179,63 @@ def _dense(x: Tensor | QTensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if isinstance(x, Tensor) else x.dequantize(dtype)
 
 
-def multiply(a: QTensor, b: QTensor) -> Tensor:
-    """``a @ b.T`` of a [M, K] and b [N, K], in float32: the product of a layer's input and its weight.
+def multiply(a: QTensor, b: QTensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``a @ b.T + bias`` of a [M, K] and b [N, K], in ``dtype``: the product of a layer's input and its weight.
 
     Exact products and FP32 sums for formats of at most 8 bits; wider ones multiply in FP32, where products round too.
+    ``bias`` [N] is added in FP32, before the one rounding to ``dtype``.
     """
+    k = a.shape[1]
     integers = all(isinstance(q.format, IntegerFormat) and q.format.bits <= 8 for q in (a, b))
     exact = a.format.exact_in_bfloat16 and b.format.exact_in_bfloat16
-    (m, k), n = a.shape, b.shape[0]
+    sizes = [q.block[1] for q in (a, b) if q.scale.shape[1] > 1]  # of the blocks along K, where there are several
+    stretch = min([*sizes, LONGEST, max(k, 1)])
+    if not any(size % stretch for size in sizes):
+        left, right = (_along(q.scale, q, stretch) for q in (a, b))
+        if integers and b.zero_point is None and b.codes.dtype == torch.int8:
+            zeros = None if a.zero_point is None else _along(a.zero_point, a, stretch)
+            return ops.scaled_mm(a.codes, b.codes, left, right, stretch, zeros=zeros, bias=bias, dtype=dtype)
+        if exact and not integers:
+            (x, x_table), (w, w_table) = _sixteen_bits(a), _sixteen_bits(b)
+            return ops.scaled_mm(x, w, left, right, stretch, x_table, w_table, None, bias, dtype)
     if integers:
         (x, zx), (w, zw) = signed_codes(a), signed_codes(b)
     else:
         (x, zx), (w, zw) = ((q.numbers(torch.bfloat16 if exact else torch.float32), None) for q in (a, b))
-    total: Tensor | None = None
-    edges = sorted({*range(0, k, a.block[1] or 1), *range(0, k, b.block[1] or 1), *range(0, k, LONGEST), k})
-    for start, stop in pairwise(edges):
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
+    for start, stop in pairwise(sorted({0, k}.union(*(range(0, k, size) for size in (*sizes, LONGEST))))):
         left, right = x[:, start:stop], w[:, start:stop]
         if integers:
-            part = integer_sums(left, right, column(zx, a, start), column(zw, b, start)).float()
+            sums = integer_sums(left, right, column(zx, a, start), column(zw, b, start))
         else:
-            part = ops.float_mm(left, right)
-        part = part.mul_(column(a.scale, a, start)).mul_(column(b.scale, b, start).mT)
-        total = part if total is None else total.add_(part)
-    return torch.zeros(m, n, dtype=torch.float32, device=a.device) if total is None else total
+            sums = ops.float_mm(left, right)
+        number = ops.scale_sums(sums, column(a.scale, a, start), column(b.scale, b, start))
+        total = number if start == 0 else total.add_(number)
+    return (total if bias is None else total + bias.float()).to(dtype)
+
+
+def _along(values: Tensor, q: QTensor, stretch: int) -> Tensor:
+    """A matrix's scales (or zero points) for every row, or the one of all, and every stretch of columns."""
+    if values.shape[0] > 1:
+        values = expand_blocks(values, (q.shape[0], values.shape[1]), (q.block[0], 1))
+    if values.shape[1] > 1 and q.block[1] > stretch:
+        values = values.repeat_interleave(q.block[1] // stretch, 1)[:, : -(-q.shape[1] // stretch)]
+    return values
+
+
+def _sixteen_bits(q: QTensor) -> tuple[Tensor, Tensor | None]:
+    """A matrix as bfloat16, or as bytes with the bfloat16 that each stands for."""
+    if isinstance(q.format, FloatFormat) and q.format.bits == 8:
+        return q.codes, q.format.table_in(torch.bfloat16, q.device)
+    if q.codes.dtype == torch.int8 and q.zero_point is None:
+        return q.codes.view(torch.uint8), _integers(q.device)
+    return q.numbers(torch.bfloat16), None
+
+
+@lru_cache(maxsize=8)
+def _integers(device: torch.device) -> Tensor:
+    """What a byte stands for as two's complement."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.int8).to(device, torch.bfloat16)
 
 
 def integer_sums(x: Tensor, w: Tensor, zx: Tensor | None, zw: Tensor | None) -> Tensor:

@@ -15,6 +15,8 @@ from octavo.ops.schema import (
     encode,
     float_mm,
     int_mm,
+    scale_sums,
+    scaled_mm,
 )
 
 __all__ = [
@@ -34,4 +36,6 @@ __all__ = [
     "float_mm",
     "int_mm",
     "reference",
+    "scale_sums",
+    "scaled_mm",
 ]

@@ -74,10 +74,35 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
 def float_mm(a: Tensor, b: Tensor) -> Tensor:
     """The native BF16 GEMM with FP32 results where the processor has the instruction, else an FP32 matmul."""
     if a.dtype == b.dtype == torch.bfloat16:
-        fast = native.gemm_bf16(a, b)
+        fast = native.float_mm(a, b)
         if fast is not None:
             return fast
     return reference.float_mm(a, b)
+
+
+def scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    left: Tensor,
+    right: Tensor,
+    stretch: int,
+    a_table: Tensor | None,
+    b_table: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Codes to results in one native kernel where the processor has the instructions."""
+    fast = native.scaled_mm(a, b, left, right, stretch, a_table, b_table, zeros, bias, dtype)
+    if fast is not None:
+        return fast
+    return reference.scaled_mm(a, b, left, right, stretch, a_table, b_table, zeros, bias, dtype)
+
+
+def scale_sums(sums: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """One pass, natively where possible."""
+    fast = native.scale_sums(sums, left, right, bias, dtype)
+    return reference.scale_sums(sums, left, right, bias, dtype) if fast is None else fast
 
 
 def accumulate_mm(
@@ -136,7 +161,7 @@ def _double_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 for _op in (
-    *(cast, encode, decode, int_mm, float_mm),
+    *(cast, encode, decode, int_mm, float_mm, scaled_mm, scale_sums),
     *(accumulate_mm, accumulate_mm_aligned, accumulate_mm_integer),
 ):
     LIBRARY.impl(_op.__name__, _op, "CPU")

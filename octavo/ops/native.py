@@ -31,11 +31,13 @@ from octavo.ops.schema import OVERFLOWS, ROUNDINGS
 
 FOLDER = Path(__file__).parent
 SOURCES: dict[str, tuple[str, ...]] = {  # and the flags of their own
-    "native": (),
+    "native": ("-ffp-contract=off",),  # each step of scaling rounds
     "accumulate": ("-ffp-contract=fast",),  # its products are exact: fusing them with a sum changes no result
 }
 FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-fno-trapping-math")  # floats only convert: traps are of no interest
 INSTRUCTION_SETS = ("scalar", "AVX2", "AVX-512", "AVX-512 BF16")  # by octavo_isa()'s numbers
+OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)  # by native.c's numbers
+LONGEST = 1 << 16  # integers: 2**16 · 255 · 128 < 2**31, so no int32 sum overflows
 SIGN = 1 << 31
 INFINITY = 0x7F800000
 NAN = 0x7FC00000
@@ -61,6 +63,20 @@ class _Grid(ctypes.Structure):
         ("bottom", ctypes.c_uint32),
         ("least", ctypes.c_uint32),
         ("zero_sign", ctypes.c_uint32),
+    )
+
+
+class _Product(ctypes.Structure):
+    """What ``native.c`` calls Product."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "a_table", "b_table")),
+        *((name, ctypes.c_int64) for name in ("lda", "ldb")),
+        *((name, ctypes.c_void_p) for name in ("left", "right", "zeros")),
+        *((name, ctypes.c_int64) for name in ("left_row", "left_span", "right_row", "right_span")),
+        *((name, ctypes.c_void_p) for name in ("bias", "c")),
+        *((name, ctypes.c_int64) for name in ("m", "n", "k", "stretch")),
+        *((name, ctypes.c_int32) for name in ("kind", "out", "flip")),
     )
 
 
@@ -154,26 +170,115 @@ def decode(codes: Tensor, table: Tensor) -> Tensor | None:
     return y
 
 
-def gemm_bf16(a: Tensor, b: Tensor) -> Tensor | None:
+def float_mm(a: Tensor, b: Tensor) -> Tensor | None:
     """``a @ b.T`` of bfloat16 [M, K] and [N, K] in float32, or None if the kernel does not take this call.
 
     Products are exact and sums float32, within K · 2⁻²⁴ · |a| @ |b|.T of the exact result; like the instruction it is
     made of (VDPBF16PS) it takes subnormals for zero. Rows may lie any distance apart; the result does not depend on
     the number of threads.
     """
-    lib = library()
-    if lib is None or INSTRUCTION_SETS[_instruction_set()] != "AVX-512 BF16":
+    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16:
         return None
-    if not all(t.dtype == torch.bfloat16 and t.dim() == 2 and _plain(t) for t in (a, b)) or a.shape[1] != b.shape[1]:
+    return scaled_mm(a, b, None, None, max(a.shape[-1], 1), None, None, None, None, torch.float32)
+
+
+def scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    stretch: int,
+    a_table: Tensor | None,
+    b_table: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """``schema.scaled_mm``, or None if the kernel does not take this call. Sums of floats as in ``float_mm``."""
+    lib = library()
+    if lib is None or INSTRUCTION_SETS[_instruction_set()] != "AVX-512 BF16" or dtype not in OUTPUTS:
+        return None
+    tensors = (a, b, a_table, b_table, left, right, zeros, bias)
+    if not all(_plain(t) for t in tensors if t is not None) or not a.dim() == b.dim() == 2 or a.shape[1] != b.shape[1]:
         return None
     (m, k), n = a.shape, b.shape[0]
+    c = torch.empty((m, n), dtype=dtype)
+    if 0 in (m, n, k):
+        return c.zero_() if bias is None else None
+    integers = a.dtype in (torch.int8, torch.uint8) and b.dtype == torch.int8 and a_table is None and b_table is None
+    if not integers and not all(_coded(x, table) for x, table in ((a, a_table), (b, b_table))):
+        return None
+    stretch = min(stretch, k)
+    if stretch < 1 or (integers and stretch > LONGEST) or (zeros is not None and not integers):
+        return None
     if k > 1 and not a.stride(1) == b.stride(1) == 1:
         return None
-    c = torch.empty((m, n), dtype=torch.float32)
-    lib.octavo_gemm_bf16(
-        a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), c.data_ptr(), m, n, k, torch.get_num_threads()
+    left, right, bias = (None if t is None else t.float().contiguous() for t in (left, right, bias))
+    if zeros is not None:
+        if left is None or zeros.shape != left.shape or zeros.dtype != torch.int32:
+            return None
+        zeros = zeros.contiguous()
+    stretches = -(-k // stretch)
+    product = _Product(
+        a=a.data_ptr(),
+        b=b.data_ptr(),
+        a_table=_address(a_table),
+        b_table=_address(b_table),
+        lda=a.stride(0),
+        ldb=b.stride(0),
+        left=_address(left),
+        right=_address(right),
+        zeros=_address(zeros),
+        bias=_address(bias),
+        c=c.data_ptr(),
+        m=m,
+        n=n,
+        k=k,
+        stretch=stretch,
+        kind=integers,
+        out=OUTPUTS.index(dtype),
+        flip=0x80 if a.dtype == torch.int8 else 0,
     )
-    return c
+    for side, scale, count in (("left", left, m), ("right", right, n)):
+        rows, columns = (1, 1) if scale is None else scale.shape
+        if rows not in (1, count) or columns not in (1, stretches):
+            return None
+        setattr(product, f"{side}_row", columns if rows > 1 else 0)
+        setattr(product, f"{side}_span", 1 if columns > 1 else stretches)
+    return None if lib.octavo_product(ctypes.byref(product), torch.get_num_threads()) else c
+
+
+def scale_sums(sums: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``schema.scale_sums``, or None if the kernel does not take this call."""
+    lib = library()
+    served = sums.dtype in (torch.int32, torch.float32) and sums.dim() == 2 and dtype in OUTPUTS
+    if lib is None or not served or not all(_plain(t) for t in (sums, left, right, bias) if t is not None):
+        return None
+    m, n = sums.shape
+    if left.shape not in ((m, 1), (1, 1)) or right.shape not in ((n, 1), (1, 1)):
+        return None
+    if bias is not None and bias.shape != (n,):
+        return None
+    left, right = (t.float().expand(count, 1).contiguous() for t, count in ((left, m), (right, n)))
+    sums, bias = sums.contiguous(), None if bias is None else bias.float().contiguous()
+    y = torch.empty((m, n), dtype=dtype)
+    lib.octavo_scale_sums(
+        *(sums.data_ptr(), sums.dtype == torch.int32, left.data_ptr(), right.data_ptr(), _address(bias)),
+        *(y.data_ptr(), OUTPUTS.index(dtype), m, n, min(_instruction_set(), 2), torch.get_num_threads()),
+    )
+    return y
+
+
+def _coded(x: Tensor, table: Tensor | None) -> bool:
+    """Whether ``x`` is bfloat16, or bytes with a table of 256 of them."""
+    if table is None:
+        return x.dtype == torch.bfloat16
+    whole = table.dtype == torch.bfloat16 and table.shape == (256,) and table.is_contiguous()
+    return x.dtype == torch.uint8 and whole
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def _plain(x: Tensor) -> bool:
@@ -333,8 +438,10 @@ def _declared(name: str, lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.octavo_encode8.restype = None
     lib.octavo_decode16.argtypes = (pointer, pointer, pointer, count, number)
     lib.octavo_decode16.restype = None
-    lib.octavo_gemm_bf16.argtypes = (pointer, count, pointer, count, pointer, count, count, count, number)
-    lib.octavo_gemm_bf16.restype = None
+    lib.octavo_scale_sums.argtypes = (pointer, number, *[pointer] * 4, number, count, count, number, number)
+    lib.octavo_scale_sums.restype = None
+    lib.octavo_product.argtypes = (ctypes.POINTER(_Product), number)
+    lib.octavo_product.restype = number
     return lib
 
 

@@ -123,6 +123,47 @@ def float_mm(a: Tensor, b: Tensor) -> Tensor:
         return a.float() @ b.float().mT
 
 
+def scale_sums(sums: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Four steps, each rounded; see ``schema.scale_sums``."""
+    y = sums.float() * left * right.mT
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    left: Tensor,
+    right: Tensor,
+    stretch: int,
+    a_table: Tensor | None,
+    b_table: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Stretch after stretch, by the operators that multiply; see ``schema.scaled_mm``."""
+    integers = b.dtype == torch.int8
+    if not integers:
+        a, b = (x if t is None else torch.ops.octavo.decode(x, t) for x, t in ((a, a_table), (b, b_table)))
+    elif a.dtype == torch.uint8:  # 128 less, and so are their zeros
+        a = (a.short() - 128).to(torch.int8)
+        zeros = (torch.zeros_like(left, dtype=torch.int32) if zeros is None else zeros) - 128
+    columns = [a, b, left, right, *([] if zeros is None else [zeros])]
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
+    for s, start in enumerate(range(0, a.shape[1], stretch)):
+        x, w = a[:, start : start + stretch], b[:, start : start + stretch]
+        scale, other, *zero = (t[:, s : s + 1] if t.shape[1] > 1 else t for t in columns[2:])
+        part = torch.ops.octavo.int_mm(x, w) if integers else torch.ops.octavo.float_mm(x, w)
+        for z in zero:  # int64, for zeros may make sums larger than int32
+            part = part.long() - z.long() * w.sum(1, dtype=torch.int64)
+        if start + stretch >= a.shape[1] and start == 0:
+            whole: Tensor = torch.ops.octavo.scale_sums(part, scale, other, bias, dtype)
+            return whole
+        part = torch.ops.octavo.scale_sums(part, scale, other, None, torch.float32)
+        total = part if start == 0 else total.add_(part)
+    return (total if bias is None else total + bias.float()).to(dtype)
+
+
 def odd_sum(x: Tensor, y: Tensor) -> Tensor:
     """``x + y`` in float64, rounded to odd: if it is not exact, the neighbour whose last bit is one.
 
@@ -246,7 +287,7 @@ def wrap(x: Tensor, bits: int) -> Tensor:
 
 
 for _op in (
-    *(cast, encode, decode, int_mm, float_mm),
+    *(cast, encode, decode, int_mm, float_mm, scaled_mm, scale_sums),
     *(accumulate_mm, accumulate_mm_aligned, accumulate_mm_integer),
 ):
     LIBRARY.impl(_op.__name__, _op, "CompositeExplicitAutograd")

@@ -46,6 +46,11 @@ LIBRARY.define("decode(Tensor codes, Tensor table) -> Tensor")
 LIBRARY.define("int_mm(Tensor a, Tensor b) -> Tensor")
 LIBRARY.define("float_mm(Tensor a, Tensor b) -> Tensor")
 LIBRARY.define(
+    "scaled_mm(Tensor a, Tensor b, Tensor left, Tensor right, int stretch, Tensor? a_table, Tensor? b_table, "
+    "Tensor? zeros, Tensor? bias, ScalarType dtype) -> Tensor"
+)
+LIBRARY.define("scale_sums(Tensor sums, Tensor left, Tensor right, Tensor? bias, ScalarType dtype) -> Tensor")
+LIBRARY.define(
     "accumulate_mm(Tensor a, Tensor b, int mantissa, int emin, float high, bool flush, bool infinite, int chunk, "
     "int outer_mantissa, int outer_emin, float outer_high, bool outer_flush, bool outer_infinite, str rounding, "
     "int seed) -> Tensor"
@@ -88,6 +93,27 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 @torch.library.register_fake("octavo::float_mm")
 def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("octavo::scaled_mm")
+def _(
+    a: Tensor,
+    b: Tensor,
+    left: Tensor,
+    right: Tensor,
+    stretch: int,
+    a_table: Tensor | None,
+    b_table: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake("octavo::scale_sums")
+def _(sums: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.empty(sums.shape, dtype=dtype, device=sums.device)
 
 
 @torch.library.register_fake("octavo::accumulate_mm")
@@ -180,6 +206,42 @@ def float_mm(a: Tensor, b: Tensor) -> Tensor:
     Kernels differ from the exact sum by at most ``K · 2**-24 · (|a| @ |b|.T)``, the bound of FP32 summation.
     """
     result: Tensor = torch.ops.octavo.float_mm(a, b)
+    return result
+
+
+def scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    left: Tensor,
+    right: Tensor,
+    stretch: int,
+    a_table: Tensor | None = None,
+    b_table: Tensor | None = None,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``A @ B.T`` of [M, K] and [N, K], scaled, plus a bias, in ``dtype`` [M, N]: a layer on codes, in one pass.
+
+    A is ``a``, or ``a_table[a]`` where there is a table, and B likewise: bfloat16, or int8 in ``b`` with int8 or uint8
+    in ``a``, less the int32 ``zeros`` of ``left``'s shape. K is cut into stretches of ``stretch``, and each is summed
+    as by ``float_mm`` or ``int_mm``; ``left`` [M or 1, S or 1] and ``right`` [N or 1, S or 1] are the float32 scales of
+    each of S stretches. Roundings to float32, in this order: ``(sum · left) · right`` of a stretch, added to that of
+    the stretches before; then ``+ bias`` [N]; then to ``dtype``. Integers: ``stretch`` ≤ 65536.
+    """
+    result: Tensor = torch.ops.octavo.scaled_mm(a, b, left, right, stretch, a_table, b_table, zeros, bias, dtype)
+    return result
+
+
+def scale_sums(
+    sums: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``sums · left · right.T + bias`` of [M, N] sums, integer or float, in ``dtype``, in one pass.
+
+    ``left`` [M or 1, 1] and ``right`` [N or 1, 1] are float32, ``bias`` [N]. Roundings, all but the last to float32:
+    of the sums, after ``left``, after ``right``, after the bias, to ``dtype``.
+    """
+    result: Tensor = torch.ops.octavo.scale_sums(sums, left, right, bias, dtype)
     return result
 
 

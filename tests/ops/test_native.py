@@ -218,7 +218,7 @@ def test_gemm_is_within_its_bound():
         a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
         exact = a.double() @ b.double().t()
         bound = k * 2.0**-24 * (a.double().abs() @ b.double().abs().t())
-        c = native.gemm_bf16(a, b)
+        c = native.float_mm(a, b)
         assert c.shape == (m, n)
         assert c.dtype == torch.float32
         assert ((c.double() - exact).abs() <= bound).all(), (m, n, k)
@@ -228,7 +228,7 @@ def test_gemm_is_within_its_bound():
 @pytest.mark.parametrize("shape", [(0, 3, 5), (3, 0, 5), (3, 5, 0), (20, 5, 0), (0, 0, 0)])
 def test_gemm_of_nothing(shape):
     m, n, k = shape
-    c = native.gemm_bf16(torch.ones(m, k).bfloat16(), torch.ones(n, k).bfloat16())
+    c = native.float_mm(torch.ones(m, k).bfloat16(), torch.ones(n, k).bfloat16())
     assert torch.equal(c, torch.zeros(m, n))
 
 
@@ -240,9 +240,9 @@ def test_gemm_reads_rows_where_they_lie_and_nothing_else(m):
     a, b = torch.full((m, 50), torch.nan).bfloat16(), torch.full((n, 45), torch.nan).bfloat16()
     a[:, 3 : 3 + k], b[:, 1 : 1 + k] = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
     a, b = a[:, 3 : 3 + k], b[:, 1 : 1 + k]
-    assert torch.equal(native.gemm_bf16(a, b), native.gemm_bf16(a.contiguous(), b.contiguous()))
+    assert torch.equal(native.float_mm(a, b), native.float_mm(a.contiguous(), b.contiguous()))
     row = torch.randn(1, k).bfloat16().expand(m, k)
-    assert torch.equal(native.gemm_bf16(row, b), native.gemm_bf16(row.contiguous(), b))
+    assert torch.equal(native.float_mm(row, b), native.float_mm(row.contiguous(), b))
 
 
 @needs_bf16
@@ -250,7 +250,7 @@ def test_gemm_reads_rows_where_they_lie_and_nothing_else(m):
 def test_gemm_carries_infinities_and_nans(m):
     a, b = torch.ones(m, 5).bfloat16(), torch.ones(9, 5).bfloat16()
     a[0, 4], b[3, 1], b[4, 4] = torch.inf, torch.nan, 0.0
-    assert torch.equal(native.gemm_bf16(a, b).nan_to_num(7), (a.float() @ b.float().t()).nan_to_num(7))
+    assert torch.equal(native.float_mm(a, b).nan_to_num(7), (a.float() @ b.float().t()).nan_to_num(7))
 
 
 @needs_bf16
@@ -262,7 +262,7 @@ def test_gemm_does_not_depend_on_the_number_of_threads():
             results = []
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
-                results.append(native.gemm_bf16(a, b))
+                results.append(native.float_mm(a, b))
             assert all(torch.equal(results[0], other) for other in results)
     finally:
         torch.set_num_threads(before)
@@ -271,12 +271,122 @@ def test_gemm_does_not_depend_on_the_number_of_threads():
 @needs_bf16
 def test_what_gemm_leaves_to_torch(monkeypatch):
     a = torch.randn(4, 6).bfloat16()
-    assert native.gemm_bf16(a, a.float()) is None
-    assert native.gemm_bf16(a.t(), a.t()) is None
-    assert native.gemm_bf16(a, a[:, :5]) is None
-    assert native.gemm_bf16(a[0], a) is None
+    assert native.float_mm(a, a.float()) is None
+    assert native.float_mm(a.t(), a.t()) is None
+    assert native.float_mm(a, a[:, :5]) is None
+    assert native.float_mm(a[0], a) is None
     monkeypatch.setattr(native, "_instruction_set", lambda: 2)
-    assert native.gemm_bf16(a, a) is None
+    assert native.float_mm(a, a) is None
+
+
+# ---- products of codes ----
+
+PRODUCTS = [
+    *[(m, n, k) for m in (1, 4, 5, 17, 50) for n, k in ((1, 1), (13, 31), (50, 67))],
+    *[(20, 9, k) for k in (3, 64, 2049, 4097)],
+    (130, 101, 302),
+]
+
+
+def operands(kind, m, n, k):
+    """``a`` and ``b`` with their tables, and the numbers of both, exactly."""
+    generator = torch.Generator().manual_seed(m + n + k)
+    table = torch.randn(256, generator=generator).bfloat16()
+
+    def codes(rows, dtype=torch.uint8):
+        low = -128 if dtype == torch.int8 else 0
+        return torch.randint(low, low + 256, (rows, k), dtype=dtype, generator=generator)
+
+    if kind == "floats":
+        a, b = (torch.randn(rows, k, generator=generator).bfloat16() for rows in (m, n))
+        return (a, None, a.double()), (b, None, b.double())
+    if kind in ("int8", "uint8"):
+        a, b = codes(m, getattr(torch, kind)), codes(n, torch.int8)
+        return (a, None, a.double()), (b, None, b.double())
+    a, b = (codes(rows) for rows in (m, n))
+    left = (a, table, table[a.int()].double())
+    if kind == "float and codes":
+        left = (left[2].bfloat16(), None, left[2])
+    return left, (b, table, table[b.int()].double())
+
+
+@needs_bf16
+@pytest.mark.parametrize("dtype", native.OUTPUTS)
+@pytest.mark.parametrize("kind", ["floats", "codes", "float and codes", "int8", "uint8"])
+def test_scaled_products(kind, dtype):
+    integers = kind in ("int8", "uint8")
+    for m, n, k in PRODUCTS:
+        (a, a_table, x), (b, b_table, w) = operands(kind, m, n, k)
+        for stretch in (1, 7, 64, k):
+            if k // stretch > 100:
+                continue
+            parts = -(-k // stretch)
+            left, right, bias = torch.rand(m, parts) + 0.5, torch.rand(n, 1) + 0.5, torch.randn(n)
+            zeros = None
+            if integers:
+                zeros = torch.randint(-128, 128, (m, parts), dtype=torch.int32) + 128 * (kind == "uint8")
+            y = native.scaled_mm(a, b, left, right, stretch, a_table, b_table, zeros, bias, dtype)
+            shifted = x if zeros is None else x - zeros.repeat_interleave(stretch, 1)[:, :k]
+            expected = torch.zeros(m, n)
+            for s, (p, q) in enumerate(zip(shifted.split(stretch, 1), w.split(stretch, 1), strict=True)):
+                part = (p @ q.T).float() * left[:, s : s + 1] * right.T
+                expected = part if s == 0 else expected + part
+            expected = (expected + bias).to(dtype)
+            assert y.dtype == dtype
+            if integers:
+                assert torch.equal(y, expected), (m, n, k, stretch)
+            else:
+                size = 4 * (x.abs() @ w.abs().T + bias.abs())
+                bound = size * (k + 8) * 2.0**-24 + expected.double().abs() * torch.finfo(dtype).eps
+                assert ((y.double() - expected.double()).abs() <= bound).all(), (m, n, k, stretch)
+
+
+@needs_bf16
+def test_scaled_products_do_not_depend_on_the_number_of_threads():
+    before = torch.get_num_threads()
+    try:
+        for kind, m, n, k in [("codes", 3, 700, 333), ("codes", 70, 50, 2500), ("int8", 333, 44, 555)]:
+            (a, a_table, _), (b, b_table, _) = operands(kind, m, n, k)
+            left, right = torch.rand(m, -(-k // 64)), torch.rand(n, 1)
+            results = []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                results.append(native.scaled_mm(a, b, left, right, 64, a_table, b_table, None, None, torch.bfloat16))
+            assert all(torch.equal(results[0], other) for other in results)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_bf16
+def test_what_scaled_products_leave_to_the_law():
+    a, one = torch.ones(3, 8, dtype=torch.int8), torch.ones(1, 1)
+    zeros, table = torch.full((1, 1), 200, dtype=torch.int32), torch.ones(256).bfloat16()
+    rest = (None, None, None, None, torch.float32)
+    assert native.scaled_mm(a, a, one, one, 8, *rest) is not None
+    assert native.scaled_mm(a, a, one, one, 8, None, None, zeros, None, torch.float32) is None  # sums beyond 32 bits
+    assert native.scaled_mm(a, a, one, one, 8, None, None, None, None, torch.float64) is None
+    assert native.scaled_mm(a, a.view(torch.uint8), one, one, 8, *rest) is None
+    assert native.scaled_mm(a, a.bfloat16(), one, one, 8, *rest) is None
+    assert native.scaled_mm(a.view(torch.uint8), a.bfloat16(), one, one, 8, table[:64], *rest[1:]) is None
+    assert native.scaled_mm(a, a, torch.ones(3, 2), one, 8, *rest) is None
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", native.OUTPUTS)
+@pytest.mark.parametrize("sums", [torch.int32, torch.float32])
+def test_scaling_sums_equals_the_law(sums, dtype):
+    for m, n in [(0, 3), (3, 0), (1, 1), (5, 67), (200, 301)]:
+        x = torch.randint(-(2**31), 2**31 - 1, (m, n), dtype=torch.int32)
+        if sums == torch.float32:  # any bits
+            x = x.view(torch.float32)
+        scales = [torch.randn(rows, 1).exp2() * 2.0 ** torch.randint(-30, 1, (rows, 1)) for rows in (m, n)]
+        for left, right in (scales, (torch.full((1, 1), 1e-7), scales[1]), (scales[0], torch.full((1, 1), torch.nan))):
+            for bias in (None, torch.randn(n), torch.randn(n).bfloat16()):
+                law = reference.scale_sums(x, left, right, bias, dtype)
+                for isa in range(min(BEST, 2) + 1):
+                    with pytest.MonkeyPatch.context() as patch:
+                        patch.setattr(native, "_instruction_set", lambda isa=isa: isa)
+                        same(native.scale_sums(x, left, right, bias, dtype), law)
 
 
 # ---- compiling ----

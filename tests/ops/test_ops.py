@@ -32,6 +32,28 @@ ARGUMENTS = {
         (torch.randint(-9, 9, (m, k), dtype=torch.int8), torch.randint(-9, 9, (5, k), dtype=torch.int8))
         for m, k in ((3, 16), (1, 1), (0, 4), (3, 0))
     ],
+    "scaled_mm": [
+        (*pair, torch.rand(5, 2), torch.rand(4, 1), 8, *rest, dtype)
+        for pair, tables in (
+            ((torch.randn(5, 16).bfloat16(), torch.randn(4, 16).bfloat16()), (None, None)),
+            (
+                (torch.randint(9, (5, 16), dtype=torch.int8), torch.randint(9, (4, 16), dtype=torch.int8)),
+                (None, None),
+            ),
+            (
+                (torch.randint(9, (5, 16), dtype=torch.uint8), torch.randint(9, (4, 16), dtype=torch.uint8)),
+                (torch.randn(256).bfloat16(),) * 2,
+            ),
+        )
+        for rest in ((*tables, None, None), (*tables, None, torch.randn(4)))
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+    "scale_sums": [
+        (torch.randint(9, (3, 4), dtype=torch.int32), torch.rand(3, 1), torch.rand(rows, 1), bias, dtype)
+        for rows in (1, 4)
+        for bias in (None, torch.randn(4))
+        for dtype in FLOATS
+    ],
     "float_mm": [
         (torch.randn(m, k).to(d), torch.randn(5, k).to(d))
         for d in (torch.float32, torch.bfloat16)
