@@ -73,13 +73,9 @@ def any_model(arguments: argparse.Namespace) -> Opened:
 
 def is_eight_bit(path: Path) -> bool:
     """Whether this is a folder that ``octavo.load`` opens."""
-    from octavo.io import checkpoint, compressed_tensors, safe_files
+    from octavo.io import huggingface
 
-    config = path / checkpoint.CONFIG
-    if (path / checkpoint.MANIFEST).exists():
-        return True
-    told = safe_files.read_json(config).get("quantization_config") if config.is_file() else None
-    return isinstance(told, dict) and told.get("quant_method") == compressed_tensors.METHOD
+    return huggingface.is_eight_bit(path)
 
 
 def _numbers(model: Any) -> str:

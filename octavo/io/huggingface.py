@@ -1,7 +1,8 @@
 """Models as their users have them: a Hugging Face folder, a GGUF file, a name on the hub, or the demo.
 
 Files are checked before transformers sees them, no code from a checkpoint ever runs, and no pickle is ever opened.
-What comes back is a whole model in eval mode, or an error that says what is wrong and what to do.
+What comes back is a whole model in eval mode, or an error that says what is wrong and what to do. Folders whose weights
+are in 8 bits already open as floats, the numbers that their codes stand for.
 """
 
 import difflib
@@ -16,10 +17,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
+from octavo.core.schemes import describe as in_words
 from octavo.errors import OctavoError, OctavoWarning
 from octavo.io import gguf, loading, safe_files
 from octavo.io.folder import did_you_mean
 from octavo.io.safe_files import TensorInfo, brief, listed, read_json, show
+from octavo.nn.layer import QuantizedLayer
+from octavo.ptq.convert import dequantize_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,14 +76,25 @@ def open_model(name: str | os.PathLike[str], dtype: torch.dtype | None = None) -
     """The model called `name`, in its own dtype unless another is given, ready to be quantized.
 
     `name` is a folder, a `.gguf` file, `"demo"`, or `"org/model"` on the hub (downloaded, if nothing local is called
-    so). Weights that are missing, left over or of another shape are errors; a missing tokenizer is None.
+    so). Weights that are missing, left over or of another shape are errors; a missing tokenizer is None. A folder that
+    `octavo.load` opens gives float layers, and an `OctavoWarning` that the numbers were rounded once.
     """
     path = locate(name)
     if path.is_file():
-        model, tokenizer = gguf.load(path, dtype), _tokenizer_or_warning(path)
+        model = gguf.load(path, dtype)
+    elif is_eight_bit(path):
+        model = _load_as_floats(path, dtype)
     else:
-        model, tokenizer = _load_folder(path, dtype), _tokenizer_or_warning(path)
-    return Source(os.fspath(name), model, tokenizer, path)
+        model = _load_folder(path, dtype)
+    return Source(os.fspath(name), model, _tokenizer_or_warning(path), path)
+
+
+def is_eight_bit(path: Path) -> bool:
+    """Whether this is a folder that `octavo.load` opens."""
+    if (path / "octavo.json").exists():
+        return True
+    told = read_json(path / CONFIG).get("quantization_config") if (path / CONFIG).is_file() else None
+    return isinstance(told, dict) and told.get("quant_method") == "compressed-tensors"
 
 
 def describe(name: str | os.PathLike[str]) -> Description:
@@ -184,6 +199,22 @@ def architecture(folder: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
         return _model_class(transformers, folder, raw, config), config
 
 
+def _load_as_floats(folder: Path, dtype: torch.dtype | None) -> "PreTrainedModel":
+    from octavo.io import checkpoint  # which itself builds on this file
+
+    model: Any = checkpoint.load(folder)
+    schemes = dict.fromkeys(in_words(m.scheme) for m in model.modules() if isinstance(m, QuantizedLayer))
+    layers = dequantize_(model)
+    warnings.warn(
+        f"{folder} is 8-bit already ({', '.join(schemes)}). {len(layers)} layers open as the numbers that their codes "
+        "stand for; quantized again, they are rounded a second time. Where there is the original, start from that",
+        OctavoWarning,
+        stacklevel=3,
+    )
+    loaded: PreTrainedModel = model if dtype is None else model.to(dtype)
+    return loaded
+
+
 def _load_folder(folder: Path, dtype: torch.dtype | None) -> "PreTrainedModel":
     transformers = loading.require("transformers")
     if (folder / "adapter_config.json").exists():
@@ -217,11 +248,8 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> "PreTrainedModel":
 def _check_config(transformers: Any, folder: Path, raw: dict[str, Any]) -> None:
     """Refuse what cannot or must not be loaded, from config.json alone."""
     where = folder / CONFIG
-    quantization = _quantization(raw)
-    if quantization is not None or (folder / "octavo.json").exists():
-        method = (quantization or {}).get("quant_method", "octavo")
-        if method in ("compressed-tensors", "octavo"):
-            raise OctavoError(f"{folder} is already 8-bit; open it with octavo.load.")
+    if (quantization := _quantization(raw)) is not None:
+        method = quantization.get("quant_method", "octavo")
         raise OctavoError(f"{folder} is already quantized ({show(method)}). Start from the original checkpoint.")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or not model_type:

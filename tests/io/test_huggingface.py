@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import octavo
 from octavo.errors import OctavoError, OctavoWarning
 from octavo.io import huggingface
 from octavo.io.huggingface import describe, locate, open_model
+from octavo.nn.layer import QuantizedLayer
 
 transformers = pytest.importorskip("transformers")
 
@@ -138,9 +140,9 @@ def test_names(tmp_path, monkeypatch):
 
 
 def test_hub(tmp_path, monkeypatch):
+    make(tmp_path / "there")
     hub = types.ModuleType("huggingface_hub")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    make(tmp_path / "there")
     hub.snapshot_download = lambda name, allow_patterns: str(tmp_path / "there")
     assert locate("org/model") == tmp_path / "there"
 
@@ -176,7 +178,8 @@ def test_demo_that_is_not_installed(monkeypatch):
         ({"architectures": ["pipeline"]}, "no model class"),
         ({"architectures": ["../../etc"]}, "no model class"),
         ({"architectures": ["BertModel"]}, "BertModel is no model of type 'llama'"),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, r"already 8-bit; open it with octavo\.load"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "no config_groups; the file is incomplete"),
+        ({"quantization_config": {"quant_method": "awq"}}, "already quantized .'awq'"),
         ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "already quantized .'gptq'"),
         ({"hidden_size": "wide"}, "transformers cannot load it"),
         ({"hidden_size": 33}, r"transformers cannot load it|another shape"),
@@ -300,3 +303,19 @@ def test_other_warnings_come_back(tmp_path):
         logger.warning("something real")
     with pytest.raises(OctavoError, match=r"cannot load it \(boom\)"), loading.transformers_on(tmp_path):
         raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize("layout", ["octavo", "compressed-tensors"])
+def test_an_8_bit_folder_opens_as_floats(tmp_path, layout):
+    make(tmp_path / "float")
+    model = open_model(tmp_path / "float").model
+    octavo.quantize_(model, "fp8-weight-only")
+    octavo.save(model, tmp_path / "eight", layout=layout)
+    with pytest.warns(OctavoWarning, match=r"eight is 8-bit already \(fp8-weight-only\). \d+ layers open as"):
+        again = open_model(tmp_path / "eight").model
+    assert not any(isinstance(m, QuantizedLayer) for m in again.modules())
+    octavo.dequantize_(model)
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
+    with pytest.warns(OctavoWarning):
+        half = open_model(tmp_path / "eight", torch.bfloat16).model
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
