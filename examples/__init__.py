@@ -1,0 +1,1 @@
+"""Octavo at work on whole tasks, from data to table."""

@@ -1,0 +1,198 @@
+"""What every 8-bit format costs two trained networks: ``python -m examples.fashion_mnist.quantize``.
+
+Prints the tables and writes them to ``docs/vision.md`` and ``docs/vision.json``. The formats stand in the order of the
+published table for convolutional networks (Kuzmin et al., 2303.17951 and 2208.09225).
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import octavo as ov
+from examples.fashion_mnist import tasks
+from examples.fashion_mnist.models import MODELS
+from examples.fashion_mnist.train import scores
+from octavo.calibration.entropy import Entropy
+from octavo.calibration.line_search import LineSearch
+from octavo.calibration.minmax import MinMax
+from octavo.calibration.moving_average import MovingAverage
+from octavo.calibration.mse import MSE
+from octavo.calibration.observer import Observer
+from octavo.calibration.percentile import Percentile
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+FORMATS = ("INT8", "E2M5", "E3M4", "E4M3FN", "E5M2")
+OBSERVERS: dict[str, Observer] = {
+    "minmax": MinMax(),
+    "moving-average=0.9": MovingAverage(),
+    "percentile=99.99": Percentile(percent=99.99),
+    "percentile=99.9": Percentile(percent=99.9),
+    "entropy": Entropy(),
+    "mse": MSE(),
+    "line-search=flexible-bias": LineSearch(mode="flexible-bias"),
+}
+RANGE = "mse"  # of the weights, and of the inputs where scales are static
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a scheme did to a network.
+
+    ``accuracy``: percent of the test pictures; ``change``: points gained against FP32, with its standard error
+    ``error``; ``sqnr``: of the scores, in dB.
+    """
+
+    scheme: str
+    accuracy: float
+    change: float
+    error: float
+    sqnr: float
+
+
+class Bench:
+    """A trained float network, its scores on the test pictures, and what calibration has seen of it."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, calibration: Sequence[Tensor]) -> None:
+        self.model, self.images, self.labels, self.batches = model, images, labels, calibration
+        self.scores = scores(model, images)
+        self.right = self.scores.argmax(1) == labels
+        self.accuracy = 100 * float(self.right.double().mean())
+        self.seen: dict[str, ov.Calibration] = {}
+
+    @property
+    def error(self) -> float:
+        """The standard error of an accuracy on so many pictures, in points."""
+        share = self.accuracy / 100
+        return 100 * math.sqrt(share * (1 - share) / len(self.labels))
+
+    def cost(self, name: str, scheme: ov.Scheme, ranges: str = RANGE) -> Cost:
+        """Quantize a copy of the network, and judge it by all test pictures."""
+        model = copy.deepcopy(self.model)
+        if scheme.static and ranges not in self.seen:
+            self.seen[ranges] = ov.calibrate(model, ov.schemes.INT8_STATIC, self.batches, OBSERVERS[ranges])
+        data = self.seen[ranges] if scheme.static else None
+        ov.quantize_(model, scheme, data, weight_observer=OBSERVERS[RANGE])
+        found = scores(model, self.images)
+        right = found.argmax(1) == self.labels
+        gained, lost = int((right & ~self.right).sum()), int((self.right & ~right).sum())
+        count = len(self.labels)
+        change = (gained - lost) / count
+        error = math.sqrt(((gained + lost) / count - change**2) / count)  # of the same pictures: McNemar's
+        accuracy = 100 * float(right.double().mean())
+        return Cost(name, accuracy, 100 * change, 100 * error, ov.sqnr(self.scores, found))
+
+
+def static(fmt: str, affine: bool = False) -> ov.Scheme:
+    """Weights and inputs in one format; inputs have one scale."""
+    return ov.schemes.static(fmt, "UINT8", affine=True) if affine else ov.schemes.static(fmt)
+
+
+def per_tensor(scheme: ov.Scheme) -> ov.Scheme:
+    """The same with one scale for the whole weight."""
+    return replace(scheme, weight=replace(scheme.weight, granularity=ov.PerTensor()))
+
+
+def tables(bench: Bench) -> dict[str, list[Cost]]:
+    """All that is measured of one network, by the title of the table."""
+
+    def row(table: str, *arguments: object) -> None:
+        started = time.perf_counter()
+        cost = bench.cost(*arguments)  # type: ignore[arg-type]
+        found.setdefault(table, []).append(cost)
+        seconds = time.perf_counter() - started
+        print(f"  {table}: {cost.scheme} {cost.accuracy:.2f} %, {cost.sqnr:.1f} dB, {seconds:.0f} s", flush=True)
+
+    found: dict[str, list[Cost]] = {}
+    affine = ("INT8, inputs with a zero point", static("INT8", affine=True))
+    for fmt in FORMATS:
+        row("static", fmt, static(fmt))
+        if fmt == "INT8":
+            row("static", *affine)
+    for fmt in FORMATS:
+        row("dynamic", fmt, ov.schemes.dynamic(fmt))
+    for fmt in FORMATS:
+        row("static, one scale a weight", fmt, per_tensor(static(fmt)))
+    for ranges in OBSERVERS:
+        row("INT8 static, by range", ranges, static("INT8"), ranges)
+    return found
+
+
+EXPLAINED = {
+    "static": "One scale for each layer's input, a scale an output channel for its weight.",
+    "dynamic": "A scale an image for each layer's input, made as it comes, a scale an output channel for its weight.",
+    "static, one scale a weight": "One scale for each layer's input and one for its weight.",
+    "INT8 static, by range": "What `--calibrate` makes of the inputs seen; the ranges of the weights are the same.",
+}
+
+
+def page(pictures: str, benches: dict[str, Bench], found: dict[str, dict[str, list[Cost]]]) -> str:
+    """The whole of docs/vision.md."""
+    some = next(iter(benches.values()))
+    parts = [
+        "# Convolutional networks in 8 bits",
+        "",
+        "Written by `python -m examples.fashion_mnist.quantize` (`make vision`); do not edit. How it is done, and the",
+        "two networks: [examples/fashion_mnist](../examples/fashion_mnist/README.md).",
+        "",
+        f"{pictures}, {len(some.labels):,} test pictures. Every layer is 8-bit, the first and the last too; BatchNorms",
+        "are folded; nothing is retrained. Ranges are those of least squared error, of inputs found on",
+        f"{sum(map(len, some.batches)):,} pictures kept apart from the training, where a table does not say otherwise.",
+        "`points` is the change against FP32 on the same pictures, ± its standard error; `SQNR` compares the scores",
+        f"with those of FP32. torch {torch.__version__}.",
+    ]
+    for name, bench in benches.items():
+        parts += ["", f"## {name}", "", f"FP32: {bench.accuracy:.2f} % ± {bench.error:.2f}."]
+        for title, rows in found[name].items():
+            parts += ["", f"### {name}: {title}", "", EXPLAINED[title], ""]
+            parts += ["| | accuracy | points | SQNR |", "| --- | ---: | ---: | ---: |"]
+            parts += [
+                f"| {x.scheme} | {x.accuracy:.2f} % | {x.change:+.2f} ± {x.error:.2f} | {x.sqnr:.1f} dB |" for x in rows
+            ]
+    return "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Train what is not trained, measure everything, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the folder to write to (default: docs/, for Fashion-MNIST only)")
+    arguments = parser.parse_args()
+    pictures = tasks.pictures()
+    benches = {}
+    found = {}
+    for name in MODELS:
+        bench = benches[name] = Bench(tasks.folded(name), *pictures.test, tasks.calibration())
+        print(f"{name}: FP32 {bench.accuracy:.2f} % ± {bench.error:.2f}", flush=True)
+        found[name] = tables(bench)
+    text = page(pictures.name, benches, found)
+    print(text)
+    out = arguments.out or (DOCS if pictures.name != "digits" else None)
+    if out is None:
+        print("These are the digits: docs/ stays as it is. `--out DIR` writes them elsewhere.")
+        return
+    document = {
+        "pictures": pictures.name,
+        "torch": torch.__version__,
+        "octavo": ov.__version__,
+        "networks": {
+            name: {
+                "fp32": bench.accuracy,
+                "error": bench.error,
+                **{k: [asdict(x) for x in v] for k, v in found[name].items()},
+            }
+            for name, bench in benches.items()
+        },
+    }
+    (out / "vision.json").write_text(json.dumps(document, indent=1) + "\n")
+    (out / "vision.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
