@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from octavo import analysis, cli, core, io, nn, ops, ptq
+    from octavo import analysis, calibration, cli, core, io, nn, ops, ptq
+    from octavo.analysis.bias_window import BiasWindow, bias_window
     from octavo.analysis.perplexity import perplexity
     from octavo.calibration.run import Calibration, CalibrationInterrupted
     from octavo.core import accumulate, formats, requantize, schemes
@@ -20,15 +21,30 @@ if TYPE_CHECKING:
     from octavo.core.schemes import Scheme
     from octavo.errors import OctavoError, OctavoWarning
     from octavo.io.checkpoint import load, save
+    from octavo.io.integer import load_integer, save_integer
+    from octavo.nn.attention import quantize_attention_, restore_attention_
+    from octavo.nn.kv_cache import KVCache
+    from octavo.nn.kv_calibration import calibrate_kv_cache_
+    from octavo.ptq.batch_norm import retune_batch_norms_
+    from octavo.ptq.bias_correction import correct_biases_, correct_biases_without_data_, expected_inputs
     from octavo.ptq.convert import dequantize_, recast_
+    from octavo.ptq.fold import fold_batch_norms_, fuse_relu_
+    from octavo.ptq.integer import integer_only
     from octavo.ptq.quantize import Summary, calibrate, quantize_
     from octavo.ptq.rules import Rule
 
 __version__ = "0.1.0"
 
+#: These import transformers, which may not be there: so ``from octavo import *`` leaves them out.
+_WITH_TRANSFORMERS = {
+    "octavo.nn.attention": ("quantize_attention_", "restore_attention_"),
+    "octavo.nn.kv_cache": ("KVCache",),
+    "octavo.nn.kv_calibration": ("calibrate_kv_cache_",),
+}
 #: Where each public name lives; a name that is a module's own stands for the module.
 _HOMES = {
-    "octavo": ("analysis", "cli", "core", "io", "nn", "ops", "ptq"),
+    "octavo": ("analysis", "calibration", "cli", "core", "io", "nn", "ops", "ptq"),
+    "octavo.analysis.bias_window": ("BiasWindow", "bias_window"),
     "octavo.analysis.perplexity": ("perplexity",),
     "octavo.calibration.run": ("Calibration", "CalibrationInterrupted"),
     "octavo.core": ("accumulate", "formats", "requantize", "schemes"),
@@ -41,7 +57,13 @@ _HOMES = {
     "octavo.core.schemes": ("Scheme",),
     "octavo.errors": ("OctavoError", "OctavoWarning"),
     "octavo.io.checkpoint": ("load", "save"),
+    "octavo.io.integer": ("load_integer", "save_integer"),
+    **_WITH_TRANSFORMERS,
+    "octavo.ptq.batch_norm": ("retune_batch_norms_",),
+    "octavo.ptq.bias_correction": ("correct_biases_", "correct_biases_without_data_", "expected_inputs"),
     "octavo.ptq.convert": ("dequantize_", "recast_"),
+    "octavo.ptq.fold": ("fold_batch_norms_", "fuse_relu_"),
+    "octavo.ptq.integer": ("integer_only",),
     "octavo.ptq.quantize": ("Summary", "calibrate", "quantize_"),
     "octavo.ptq.rules": ("Rule",),
 }
@@ -49,6 +71,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = {"octavo", "octavo.core"}
 
 __all__ = [
+    "BiasWindow",
     "Calibration",
     "CalibrationInterrupted",
     "Cast",
@@ -68,18 +91,27 @@ __all__ = [
     "Summary",
     "accumulate",
     "analysis",
+    "bias_window",
     "calibrate",
+    "calibration",
     "cast",
     "cli",
     "core",
+    "correct_biases_",
+    "correct_biases_without_data_",
     "decode",
     "dequantize_",
     "encode",
+    "expected_inputs",
     "fake_quantize",
+    "fold_batch_norms_",
     "formats",
     "from_json",
+    "fuse_relu_",
+    "integer_only",
     "io",
     "load",
+    "load_integer",
     "matmul",
     "nn",
     "ops",
@@ -90,7 +122,9 @@ __all__ = [
     "quantize_scaled",
     "recast_",
     "requantize",
+    "retune_batch_norms_",
     "save",
+    "save_integer",
     "schemes",
     "sqnr",
     "to_json",
@@ -107,4 +141,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *(name for names in _WITH_TRANSFORMERS.values() for name in names), "__version__"]

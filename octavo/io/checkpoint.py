@@ -22,7 +22,7 @@ from octavo.core.qtensor import QTensor
 from octavo.core.records import from_json, to_json
 from octavo.core.schemes import Scheme
 from octavo.errors import OctavoError
-from octavo.io import compressed_tensors, huggingface, kv_cache, loading, safe_files
+from octavo.io import compressed_tensors, huggingface, kv_cache, loading, safe_files, structure
 from octavo.io.folder import atomic_folder, did_you_mean
 from octavo.io.safe_files import TensorInfo
 from octavo.nn import swap
@@ -101,6 +101,7 @@ def save(
                 for name, x in layers.items()
             },
             "kv_cache": kv_cache.own_record(caches),
+            "structure": structure.record(model),
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _write_tensors(model, state, unfinished, safe_files.OWN if layout == "octavo" else safe_files.WEIGHTS)
@@ -149,12 +150,18 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         with torch.device("meta"), loading.transformers_on(path / CONFIG):
             shapes = model_class(settings)
         stored, caches = _check_plan(path, plan(shapes), shapes, infos), plan_cache(shapes)
+        changes = structure.plan(manifest.get("structure", {}), infos, shapes, str(path / MANIFEST))
         tensors = dict(safe_files.read(path, *infos))
-        floats = _floats(tensors, stored, caches)
+        floats = _floats(tensors, stored, caches) | structure.placeholders(changes, shapes)
+        for name in changes.biases:
+            del floats[f"{name}.bias"]
         model = _transformers_model(path, model_class, settings, stored, shapes, floats, infos)
+        structure.apply(changes, model, tensors)
     else:
         stored, caches = _check_plan(path, plan(model), model, infos), plan_cache(model)
+        changes = structure.plan(manifest.get("structure", {}), infos, model, str(path / MANIFEST))
         tensors = dict(safe_files.read(path, *infos))
+        structure.apply(changes, model, tensors)
         _load_floats(path, model, stored, _floats(tensors, stored, caches))
     layers = {name: layer for layer in swap.layers(model) for name in layer.names}
     for name, entry in stored.items():
@@ -165,6 +172,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         weight = build(name, pieces, entry.scheme, (rows, cols), entry.dtype)
         calibrated = _input_scales(name, pieces, entry)
         swap.replace(model, layer, layer.eight_bit.replacing(layer.module, weight, entry.scheme, **calibrated))
+    structure.clamp(changes, model)
     kv_cache.attach(model, caches, tensors)
     _restore_dtypes(model, tensors)
     _restore_buffers(model, manifest.get("buffers"))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from octavo.ops import accumulate, native, reference
-from octavo.ops.schema import LIBRARY, SumGrid, code_dtype
+from octavo.ops.schema import LIBRARY, RowFormat, SumGrid, code_dtype
 
 CHUNK = 1 << 20  # elements that the float64 law works on at a time, so that its temporaries stay small
 
@@ -60,6 +60,28 @@ def decode(codes: Tensor, table: Tensor) -> Tensor:
     codes = codes.contiguous()
     fast = native.decode(codes, table)
     return reference.decode(codes, table) if fast is None else fast
+
+
+def quantize_rows(
+    x: Tensor,
+    group: int,
+    scale: Tensor | None,
+    zeros: Tensor | None,
+    affine: bool,
+    power_of_two: bool,
+    mantissa: int,
+    emin: int,
+    low: float,
+    high: float,
+    flush: bool,
+    negative_zero: bool,
+    bits: int,
+    nan: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass over every row, natively where possible."""
+    fmt = RowFormat(mantissa, emin, low, high, flush, negative_zero, bits, nan)
+    fast = native.quantize_rows(x, group, fmt, scale, zeros, affine, power_of_two)
+    return reference.quantize_rows(x, group, scale, zeros, affine, power_of_two, *fmt) if fast is None else fast
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -161,7 +183,7 @@ def _double_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 for _op in (
-    *(cast, encode, decode, int_mm, float_mm, scaled_mm, scale_sums),
+    *(cast, encode, decode, quantize_rows, int_mm, float_mm, scaled_mm, scale_sums),
     *(accumulate_mm, accumulate_mm_aligned, accumulate_mm_integer),
 ):
     LIBRARY.impl(_op.__name__, _op, "CPU")

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from octavo.ops.schema import OVERFLOWS, ROUNDINGS
+from octavo.ops.schema import OVERFLOWS, ROUNDINGS, RowFormat
 
 FOLDER = Path(__file__).parent
 SOURCES: dict[str, tuple[str, ...]] = {  # and the flags of their own
@@ -77,6 +77,21 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("bias", "c")),
         *((name, ctypes.c_int64) for name in ("m", "n", "k", "stretch")),
         *((name, ctypes.c_int32) for name in ("kind", "out", "flip")),
+    )
+
+
+class _Rows(ctypes.Structure):
+    """What ``native.c`` calls Rows."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "codes", "scale", "zeros")),
+        *((name, ctypes.c_int64) for name in ("m", "k", "ldx", "group", "scale_row")),
+        *((name, ctypes.c_int32) for name in ("dtype", "given", "power_of_two", "kind")),
+        *((name, ctypes.c_float) for name in ("most", "low", "high")),
+        ("one_sided", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("mantissa", "rebias", "shift", "last", "sign", "nan", "nan_sign")),
+        ("zero_sign", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("least", "steps")),
     )
 
 
@@ -168,6 +183,72 @@ def decode(codes: Tensor, table: Tensor) -> Tensor | None:
     y = torch.empty(codes.shape, dtype=torch.bfloat16)
     lib.octavo_decode16(codes.data_ptr(), table.data_ptr(), y.data_ptr(), codes.numel(), torch.get_num_threads())
     return y
+
+
+def quantize_rows(
+    x: Tensor,
+    group: int,
+    fmt: RowFormat,
+    scale: Tensor | None,
+    zeros: Tensor | None,
+    affine: bool,
+    power_of_two: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``schema.quantize_rows``, or None if the kernel does not take this call."""
+    lib = library()
+    mantissa, emin, low, high, flush, negative_zero, bits, nan = fmt
+    integers = mantissa == 23
+    served = bits <= 8 and (integers or (low < 0 and -126 < emin <= 127 and emin - mantissa > -126))
+    if lib is None or not served or x.dtype not in OUTPUTS or x.dim() != 2 or x.numel() == 0:
+        return None
+    if not all(_plain(t) for t in (x, scale, zeros) if t is not None) or (affine and not integers):
+        return None
+    m, k = x.shape
+    shape = (m, -(-k // group))
+    if scale is None:
+        found = torch.empty(shape)
+        points = torch.empty(shape, dtype=torch.int32) if affine else None
+    elif scale.shape in (shape, (1, 1)) and (zeros is not None and zeros.shape == scale.shape) == affine:
+        found = scale.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        points = None if zeros is None else zeros.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
+    else:
+        return None
+    x = x if x.stride(1) == 1 else x.contiguous()
+    codes = torch.empty((m, k), dtype=torch.int8 if integers and low < 0 else torch.uint8)
+    sign = 1 << (bits - 1)
+    rows = _Rows(
+        x=x.data_ptr(),
+        codes=codes.data_ptr(),
+        scale=found.data_ptr(),
+        zeros=_address(points),
+        m=m,
+        k=k,
+        ldx=x.stride(0),
+        group=group,
+        scale_row=0 if scale is not None and found.shape == (1, 1) else shape[1],
+        dtype=OUTPUTS.index(x.dtype),
+        given=scale is not None,
+        power_of_two=power_of_two,
+        kind=integers,
+        most=high - low if affine else high,
+        low=low,
+        high=high,
+        one_sided=low >= 0,
+    )
+    if not integers:
+        rows.mantissa, rows.rebias = mantissa, (126 + emin) << mantissa
+        rows.shift, rows.steps = (mantissa, 2.0**-emin) if flush else (0, 2.0 ** (mantissa - emin))
+        rows.least, rows.last, rows.sign = 2.0**emin, _last_code(mantissa, emin, high), sign
+        rows.nan, rows.nan_sign, rows.zero_sign = max(nan, 0), nan != sign, negative_zero
+    if lib.octavo_quantize_rows(ctypes.byref(rows), min(_instruction_set(), 2), torch.get_num_threads()):
+        return None
+    return codes, found, torch.empty(0, 0, dtype=torch.int32) if points is None else points
+
+
+def _last_code(mantissa: int, emin: int, high: float) -> int:
+    """The code of a float format's largest number."""
+    exponent = max(math.frexp(high)[1] - 1, emin)
+    return int(math.ldexp(high, mantissa - exponent)) + ((exponent - emin) << mantissa)
 
 
 def float_mm(a: Tensor, b: Tensor) -> Tensor | None:
@@ -438,6 +519,8 @@ def _declared(name: str, lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.octavo_encode8.restype = None
     lib.octavo_decode16.argtypes = (pointer, pointer, pointer, count, number)
     lib.octavo_decode16.restype = None
+    lib.octavo_quantize_rows.argtypes = (ctypes.POINTER(_Rows), number, number)
+    lib.octavo_quantize_rows.restype = number
     lib.octavo_scale_sums.argtypes = (pointer, number, *[pointer] * 4, number, count, count, number, number)
     lib.octavo_scale_sums.restype = None
     lib.octavo_product.argtypes = (ctypes.POINTER(_Product), number)

@@ -112,6 +112,62 @@ def decode(codes: Tensor, table: Tensor) -> Tensor:
     return table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 
+def quantize_rows(
+    x: Tensor,
+    group: int,
+    scale: Tensor | None,
+    zeros: Tensor | None,
+    affine: bool,
+    power_of_two: bool,
+    mantissa: int,
+    emin: int,
+    low: float,
+    high: float,
+    flush: bool,
+    negative_zero: bool,
+    bits: int,
+    nan: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Range, scale, round, encode; see ``schema.quantize_rows``."""
+    (m, k), count = x.shape, -(-x.shape[1] // group)
+    work = x.float()
+    blocks = torch.nn.functional.pad(work, (0, count * group - k)).view(m, count, group)  # zeros change no range
+    least, most = blocks.amin(2), blocks.amax(2)
+    whole = least.isfinite() & most.isfinite()
+    tiny, limits = 1e-12, torch.finfo(torch.float32)
+    if scale is not None:
+        whole = whole if scale.shape == whole.shape else whole.all().reshape(1, 1)
+        found = scale.float()
+    else:
+        steps, least, most = high, least.clamp(max=0), most.clamp(min=0)
+        spread = torch.maximum(-least, most) if low < 0 else most
+        if affine:
+            steps, spread = high - low, most - least
+        found = spread.where(spread > 0, tiny) / steps
+        found = found.where(found.isfinite(), most / steps - least / steps)
+        if power_of_two:
+            fraction, exponent = torch.frexp(found)
+            found = pow2((exponent - (fraction == 0.5).int()).clamp(-149, 127)).float()
+        found = found.clamp(limits.tiny, limits.max)
+    found = found.where(whole, float("nan"))
+    if affine and zeros is None:
+        zeros = (low - (least / found).round()).nan_to_num(0.0).clamp(low, high).to(torch.int32)
+
+    def spread_out(t: Tensor) -> Tensor:
+        return t if t.shape == (1, 1) else t.repeat_interleave(group, 1)[:, :k]
+
+    scaled, none = work / spread_out(found), torch.empty(0, 0, dtype=torch.int32, device=x.device)
+    op = torch.ops.octavo
+    if mantissa == 23:
+        y = op.cast(scaled, 23, 23, -8.0e6, 8.0e6, "nearest-even", "saturate", False, False, None)
+        y = (y if zeros is None else y + spread_out(zeros)).clamp(low, high).nan_to_num(0.0)
+        codes = y.to(torch.int8 if low < 0 else torch.uint8)
+    else:
+        y = op.cast(scaled, mantissa, emin, low, high, "nearest-even", "saturate", flush, negative_zero, None)
+        codes = op.encode(y, mantissa, emin, 1, bits, low < 0, -1, nan)
+    return codes, found, none if zeros is None else zeros.clone()
+
+
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """Integer matmul through float64, where sums below 2**53 are exact; see ``schema.int_mm``."""
     return (a.double() @ b.double().mT).to(torch.int32)
@@ -287,7 +343,7 @@ def wrap(x: Tensor, bits: int) -> Tensor:
 
 
 for _op in (
-    *(cast, encode, decode, int_mm, float_mm, scaled_mm, scale_sums),
+    *(cast, encode, decode, quantize_rows, int_mm, float_mm, scaled_mm, scale_sums),
     *(accumulate_mm, accumulate_mm_aligned, accumulate_mm_integer),
 ):
     LIBRARY.impl(_op.__name__, _op, "CompositeExplicitAutograd")

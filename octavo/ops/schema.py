@@ -43,6 +43,10 @@ LIBRARY.define(
 )
 LIBRARY.define("encode(Tensor x, int mantissa, int emin, int first, int bits, bool signed, int inf, int nan) -> Tensor")
 LIBRARY.define("decode(Tensor codes, Tensor table) -> Tensor")
+LIBRARY.define(
+    "quantize_rows(Tensor x, int group, Tensor? scale, Tensor? zeros, bool affine, bool power_of_two, int mantissa, "
+    "int emin, float low, float high, bool flush, bool negative_zero, int bits, int nan) -> (Tensor, Tensor, Tensor)"
+)
 LIBRARY.define("int_mm(Tensor a, Tensor b) -> Tensor")
 LIBRARY.define("float_mm(Tensor a, Tensor b) -> Tensor")
 LIBRARY.define(
@@ -83,6 +87,29 @@ def _(x: Tensor, mantissa: int, emin: int, first: int, bits: int, signed: bool, 
 @torch.library.register_fake("octavo::decode")
 def _(codes: Tensor, table: Tensor) -> Tensor:
     return torch.empty(codes.shape, dtype=table.dtype, device=codes.device)
+
+
+@torch.library.register_fake("octavo::quantize_rows")
+def _(
+    x: Tensor,
+    group: int,
+    scale: Tensor | None,
+    zeros: Tensor | None,
+    affine: bool,
+    power_of_two: bool,
+    mantissa: int,
+    emin: int,
+    low: float,
+    high: float,
+    flush: bool,
+    negative_zero: bool,
+    bits: int,
+    nan: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], -(-x.shape[1] // group)) if scale is None else scale.shape
+    codes = torch.empty(x.shape, dtype=torch.int8 if mantissa == 23 and low < 0 else torch.uint8, device=x.device)
+    found = torch.empty(shape, dtype=torch.float32, device=x.device)
+    return codes, found, torch.empty(shape if affine else (0, 0), dtype=torch.int32, device=x.device)
 
 
 @torch.library.register_fake("octavo::int_mm")
@@ -189,6 +216,43 @@ def encode(x: Tensor, mantissa: int, emin: int, first: int, bits: int, signed: b
 def decode(codes: Tensor, table: Tensor) -> Tensor:
     """``table[codes]``: the values behind codes; ``table`` has one entry a code and decides the dtype."""
     result: Tensor = torch.ops.octavo.decode(codes, table)
+    return result
+
+
+class RowFormat(NamedTuple):
+    """Numbers of at most 8 bits as ``quantize_rows`` makes them: a grid, and the code of NaN, −1 if there is none.
+
+    ``mantissa`` = 23 says integers, whose codes are themselves: int8 if ``low`` < 0, else uint8.
+    """
+
+    mantissa: int
+    emin: int
+    low: float
+    high: float
+    flush: bool
+    negative_zero: bool
+    bits: int
+    nan: int
+
+
+def quantize_rows(
+    x: Tensor,
+    group: int,
+    fmt: RowFormat,
+    scale: Tensor | None = None,
+    zeros: Tensor | None = None,
+    affine: bool = False,
+    power_of_two: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of ``x / scale`` to nearest even, saturated, of x [M, K] in one pass: codes [M, K], scales, zero points.
+
+    Every ``group`` neighbours of a row have a scale, the largest magnitude over ``high``, or the range over
+    ``high − low`` and an int32 zero point if ``affine``; float32 [M, ⌈K/group⌉]. Or they are given, in that shape or
+    [1, 1]. Where ``x`` is not finite its whole block has a NaN for a scale. Zero points are [0, 0] if not ``affine``.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.octavo.quantize_rows(
+        x, group, scale, zeros, affine, power_of_two, *fmt
+    )
     return result
 
 

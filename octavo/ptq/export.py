@@ -140,6 +140,11 @@ def operator_name(node: fx.Node) -> str:
     return str(getattr(target, "__name__", target))
 
 
+def sizes(node: fx.Node) -> list[int | str]:
+    """The shape of what a node makes; sizes that may vary are words, equal ones for equal sizes."""
+    return [int(str(n)) if str(n).isdigit() else str(n) for n in node.meta["val"].shape]
+
+
 def bound(node: fx.Node) -> dict[str, Any]:
     """A node's arguments by the names that its operator's schema gives them, defaults included."""
     assert isinstance(node.target, torch._ops.OpOverload)
@@ -197,8 +202,8 @@ def _does_nothing(node: fx.Node) -> bool:
         kinds = [x.meta["val"].dtype for x in (source, node) if isinstance(x, fx.Node)]
         return all(kind.is_floating_point for kind in kinds)
     if name == "slice":  # of everything
-        shapes = [str(x.meta["val"].shape) for x in (node.args[0], node) if isinstance(x, fx.Node)]
-        return shapes[0] == shapes[1] and node.args[4:] in ((), (1,))
+        before, after = (sizes(x) for x in (node.args[0], node) if isinstance(x, fx.Node))
+        return before == after and node.args[4:] in ((), (1,))
     return name in _COPIES
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from octavo.nn.integer.encoding import Encoding
 from octavo.nn.integer.moves import MOVES
-from octavo.ptq.export import bound, operator_name
+from octavo.ptq.export import bound, operator_name, sizes
 
 FINEST = 1 / 256  # of what a sum counts in: codes finer than that show nothing more
 CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max")
@@ -87,12 +87,11 @@ def functions(graph: fx.Graph, constants: Mapping[fx.Node, Any]) -> dict[fx.Node
         if len(found) != 1 or (limits_of(node) is not None and node.args[0] not in roots):
             continue
         root = found.pop()
-        value = root.meta["val"]
         dims = {dim for x in operands for dim in varying.get(x, ())}
         for constant in (constants[x] for x in node.all_input_nodes if x in constants):
-            sizes = constant.shape if isinstance(constant, Tensor) else ()
-            dims |= {dim for dim, n in enumerate(sizes, -len(sizes)) if n != 1}
-        if isinstance(value, Tensor) and str(value.shape) == str(node.meta["val"].shape) and len(dims) <= 1:
+            shape = constant.shape if isinstance(constant, Tensor) else ()
+            dims |= {dim for dim, n in enumerate(shape, -len(shape)) if n != 1}
+        if isinstance(root.meta["val"], Tensor) and sizes(root) == sizes(node) and len(dims) <= 1:
             roots[node], varying[node] = root, dims
     return roots
 

@@ -7,11 +7,10 @@
 - Any function of one number (sigmoid, GELU, a BatchNorm that stands alone, …) becomes a table of its codes.
 """
 
-import itertools
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ from octavo.nn.integer.moves import MOVES, Move, Pad, Reshape
 from octavo.nn.integer.op import IntegerOp
 from octavo.nn.integer.pools import AdaptiveAveragePool, AdaptiveMaxPool, AveragePool, Maximum, MaxPool, Mean
 from octavo.nn.integer.sums import Convolution, Linear
-from octavo.ptq.export import Exported, bound, operator_name, where
+from octavo.ptq.export import Exported, bound, operator_name, sizes, where
 from octavo.ptq.functions import CLAMPS, Limits, functions, limits_of, raise_limits
 
 LARGEST_BIAS = 1 << 30  # leaves the other half of int32 to the products
@@ -63,6 +62,7 @@ class Plan:
         for node in exported.inputs.values():
             self.tensors[node] = len(self.tensors)
         self.given = len(self.tensors)
+        self.shapes = _shapes(exported.inputs)
         graph = exported.module.graph
         raise_limits(graph, _ROUNDING)
         for node in graph.nodes:
@@ -80,10 +80,7 @@ class Plan:
 
     def build(self, ranges: dict[fx.Node, Encoding]) -> IntegerModel:
         """The model, given the encoding that each observed node's range asks for."""
-        inputs = [
-            Input(name, ranges[node], tuple(n if type(n) is int else str(n) for n in node.meta["val"].shape))
-            for name, node in self.exported.inputs.items()
-        ]
+        inputs = [Input(name, ranges[node], self.shapes[name]) for name, node in self.exported.inputs.items()]
         encodings = [x.encoding for x in inputs]
         operations = []
         for step in self.steps:
@@ -208,7 +205,7 @@ class Plan:
 
     def _matmul(self, node: fx.Node) -> None:
         x, other = list(bound(node).values())[:2]
-        if x not in self.tensors or len(other.meta["val"].shape) != 2:
+        if x not in self.tensors or len(sizes(other)) != 2:
             raise OctavoError(
                 f"{where(node)}: a product of matrices runs on integers if the second is a weight [in, out]"
             )
@@ -227,7 +224,7 @@ class Plan:
         x, weight = given["input"], self._value(node, given["weight"], "weight")
         size = weight.shape[2:]
         dims, groups = len(size), given["groups"]
-        if len(x.meta["val"].shape) != dims + 2:
+        if len(sizes(x)) != dims + 2:
             raise OctavoError(f"{where(node)} takes one image without a batch; give it a batch of one")
         stride, dilation = (_each(given[name], dims) for name in ("stride", "dilation"))
         spans = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
@@ -260,7 +257,7 @@ class Plan:
         weight = weight.double()
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.double()
         last = node
-        norm = self._norm(node) if kind is Convolution or len(node.meta["val"].shape) == 2 else None
+        norm = self._norm(node) if kind is Convolution or len(sizes(node)) == 2 else None
         if norm is not None:
             last, factor, term = norm
             weight, bias = weight * factor.reshape(-1, *(1,) * (weight.dim() - 1)), bias * factor + term
@@ -322,7 +319,7 @@ class Plan:
             return
         if not node.meta["val"].is_floating_point():
             raise _unsupported(node)
-        rank = len(root.meta["val"].shape)
+        rank = len(sizes(root))
 
         def apply(values: Tensor) -> Tensor:
             known: dict[fx.Node, Any] = {root: values}
@@ -352,14 +349,14 @@ class Plan:
         given = bound(node)
         x = given["self"]
         slope = self._value(node, given["weight"], "slope").double().cpu()
-        behind = max(len(x.meta["val"].shape) - 2, 0) + 1 if slope.numel() > 1 else 0
+        behind = max(len(sizes(x)) - 2, 0) + 1 if slope.numel() > 1 else 0
         slope = slope.reshape(-1, *(1,) * behind)
         self._tabulate(node, node, x, lambda values: torch.where(values > 0, values, values * slope))
 
     def _batch_norm(self, node: fx.Node) -> None:
         """One that could not be folded."""
         x = bound(node)["input"]
-        factor, term = (t.cpu().reshape(-1, *(1,) * (len(x.meta["val"].shape) - 1)) for t in self._norm_terms(node))
+        factor, term = (t.cpu().reshape(-1, *(1,) * (len(sizes(x)) - 1)) for t in self._norm_terms(node))
         result = _first_result(node)
         self.absorbed.add(result)
         self._tabulate(node, result, x, lambda values: values * factor + term)
@@ -435,7 +432,7 @@ class Plan:
         wanted = _each(given["output_size"], _dimensions(node))
         size: list[int | None] = []
         for dim, n in enumerate(wanted, -len(wanted)):
-            if isinstance(n, fx.Node) and n.meta["val"] != x.meta["val"].shape[dim]:
+            if isinstance(n, fx.Node) and str(n.meta["val"]) != sizes(x)[dim]:
                 raise OctavoError(f"{where(node)}: its size is computed from the input's; give it a fixed one")
             size.append(None if isinstance(n, fx.Node) else n)
         return size
@@ -458,31 +455,25 @@ class Plan:
     def _reshape(self, node: fx.Node) -> None:
         x = node.args[0]
         assert isinstance(x, fx.Node)
-        before, after = x.meta["val"].shape, node.meta["val"].shape
+        before, after = sizes(x), sizes(node)
+        shape = [n if isinstance(n, int) else -1 for n in after]
+        places = [place for place, n in enumerate(shape) if n == -1]
         kept: list[tuple[int, int]] = []
-        free: list[tuple[int, int]] = []
-        shape = [n if type(n) is int else -1 for n in after]
-        for place, n in enumerate(after):
-            if type(n) is not int:
-                same = [dim for dim, m in enumerate(before) if type(m) is not int and str(m) == str(n)]
-                (kept if same else free).append((place, same[0] if same else -1))
-        if len(free) > 1:
+        if len(places) > 1:
+            kept = [(place, before.index(after[place])) for place in places if after[place] in before]
+        if len(places) - len(kept) > 1:
             raise OctavoError(f"{where(node)}: more than one of its sizes is computed from the input's")
-        if not free and len(kept) == 1:
-            kept = []  # −1 says it
         self._keep(node, x, lambda inputs, output: Reshape(inputs, output, shape, kept))
 
     def _expand(self, node: fx.Node) -> None:
         x = node.args[0]
         assert isinstance(x, fx.Node)
-        before, after = x.meta["val"].shape, node.meta["val"].shape
-        sizes = []
-        for dim, n in enumerate(after, len(before) - len(after)):
-            own = before[dim] if dim >= 0 else 1
-            if type(n) is not int and str(own) != str(n):
-                raise OctavoError(f"{where(node)}: its size is computed from another tensor's; give it a fixed one")
-            sizes.append(n if type(n) is int else -1)
-        self._keep(node, x, lambda inputs, output: Move(inputs, output, "expand.default", [sizes]))
+        after = sizes(node)
+        before = [1] * (len(after) - len(sizes(x))) + sizes(x)
+        if any(isinstance(n, str) and n != own for n, own in zip(after, before, strict=True)):
+            raise OctavoError(f"{where(node)}: its size is computed from another tensor's; give it a fixed one")
+        wanted = [n if isinstance(n, int) else -1 for n in after]
+        self._keep(node, x, lambda inputs, output: Move(inputs, output, "expand.default", [wanted]))
 
     def _move(self, node: fx.Node) -> None:
         given = bound(node)
@@ -495,7 +486,7 @@ class Plan:
         """Each part that is taken up is a slice."""
         given = bound(node)
         x, dim = given["self"], given.get("dim", 0)
-        sizes: Any = given.get("split_sizes", given.get("split_size"))
+        lengths: Any = given.get("split_sizes", given.get("split_size"))
         for user in node.users:
             if user.target is not operator.getitem:
                 raise _unsupported(user)
@@ -503,11 +494,12 @@ class Plan:
             if operator_name(node) == "unbind":
                 self._keep(user, x, _mover("select.int", [dim, part]))
                 continue
-            starts = [part * sizes] if isinstance(sizes, int) else list(itertools.accumulate(sizes[:part], initial=0))
-            length = sizes if isinstance(sizes, int) else sizes[part]
-            if not all(isinstance(n, int) for n in (starts[-1], length)):
+            if isinstance(lengths, int):
+                lengths = [lengths] * (part + 1)
+            if not isinstance(lengths, list | tuple) or not all(isinstance(n, int) for n in lengths):
                 raise OctavoError(f"{where(node)}: its sizes are computed from the input's; give it fixed ones")
-            self._keep(user, x, _mover("slice.Tensor", [dim, starts[-1], starts[-1] + length]))
+            start, stop = sum(lengths[:part]), sum(lengths[: part + 1])
+            self._keep(user, x, _mover("slice.Tensor", [dim, start, stop]))
 
     def _item(self, node: fx.Node) -> None:
         """The first result of an operator that has several; a split's are there already."""
@@ -516,6 +508,19 @@ class Plan:
         if part != 0:
             raise OctavoError(f"{where(source)}: only its first result can be computed on integers")
         self.tensors[node] = self.tensors[source]
+
+
+def _shapes(inputs: Mapping[str, fx.Node]) -> dict[str, tuple[int | str, ...]]:
+    """The sizes of the inputs; those that may vary are letters, equal ones for equal sizes."""
+    letters: dict[int | str, str] = {}
+    shapes = {}
+    for name, node in inputs.items():
+        for n in sizes(node):
+            if isinstance(n, str) and not n.isidentifier():
+                raise OctavoError(f"the sizes of {name} may vary only as {n}, not freely")
+        each = (n if isinstance(n, int) else letters.setdefault(n, chr(ord("a") + len(letters))) for n in sizes(node))
+        shapes[name] = tuple(each)
+    return shapes
 
 
 def encoding_of(fmt: Format, scale: float, zero_point: int | None) -> Encoding:
@@ -585,7 +590,7 @@ def _windows(node: fx.Node) -> list[list[Any]]:
 
 def _from_the_last(x: fx.Node, dims: Any) -> list[int]:
     """Dimensions, all for None or none, counted from the last."""
-    rank = len(x.meta["val"].shape)
+    rank = len(sizes(x))
     dims = [dims] if isinstance(dims, int) else dims or range(rank)
     return sorted((dim % rank) - rank for dim in dims)
 

@@ -32,7 +32,7 @@ OPS: dict[str, type[IntegerOp]] = {
 class Input:
     """One tensor that the model takes: its name, the encoding of its codes, and its shape.
 
-    A size that may vary is a word: the same word stands for the same size.
+    A size that may vary is a letter, and the same letter stands for the same size.
     """
 
     name: str
@@ -171,8 +171,11 @@ class IntegerModel(nn.Module):
                 for n, size in zip(x.shape, own.shape, strict=True)
             )
             if not fits:
-                wanted = ", ".join("any" if isinstance(size, str) else str(size) for size in own.shape)
-                raise OctavoError(f"{own.name} has the shape {list(x.shape)}; the model was made for [{wanted}]")
+                wanted = ", ".join(map(str, own.shape))
+                raise OctavoError(
+                    f"{own.name} has the shape {list(x.shape)}; the model was made for [{wanted}]"
+                    + (", where a letter is any size, and the same wherever it stands" if sizes else "")
+                )
             if bool(x.isnan().any()):
                 raise OctavoError(f"{own.name} holds {int(x.isnan().sum())} NaN, for which there is no code")
         return [given[name] for name in names]

@@ -38,8 +38,8 @@ class _Average(RescalingOp):
     def _divisor(self, x: Tensor) -> Tensor:
         divisor = torch.ones((), dtype=torch.int64, device=x.device)
         for dim, factors in self._counts(x.shape):
-            along = torch.tensor(factors, dtype=torch.int64, device=x.device)
-            divisor = divisor * along.reshape(-1, *(1,) * (-dim - 1))
+            place = () if len(factors) == 1 else (-1, *(1,) * (-dim - 1))
+            divisor = divisor * torch.tensor(factors, dtype=torch.int64, device=x.device).reshape(place)
         if divisor.numel() and not 0 < int(divisor.min()) <= int(divisor.max()) <= MOST_AVERAGED:
             raise OctavoError(f"a mean is of 1 to {MOST_AVERAGED:,} numbers, not of {int(divisor.max()):,}")
         return divisor

@@ -96,7 +96,8 @@ class Linear(_WeightedSum):
         return x
 
     def _sums(self, x: Tensor) -> Tensor:
-        return ops.int_mm(x.reshape(-1, x.shape[-1]), self.weight).reshape(*x.shape[:-1], -1)
+        many = math.prod(x.shape[:-1])
+        return ops.int_mm(x.reshape(many, x.shape[-1]), self.weight).reshape(*x.shape[:-1], self.weight.shape[0])
 
     def real(self, *values: Tensor) -> Tensor:
         """A float64 linear layer."""
@@ -177,8 +178,8 @@ class Convolution(_WeightedSum):
         many, places = windows.shape[0], windows.shape[2 : 2 + self.dimensions]
         parts = []
         for x, weight in zip(windows.chunk(self.groups, 1), self.weight.chunk(self.groups), strict=True):
-            rows = x.movedim(1, 1 + self.dimensions).reshape(many * math.prod(places), -1)
-            parts.append(ops.int_mm(rows, weight.flatten(1)).reshape(many, *places, -1).movedim(-1, 1))
+            rows = x.movedim(1, 1 + self.dimensions).reshape(many * math.prod(places), weight[0].numel())
+            parts.append(ops.int_mm(rows, weight.flatten(1)).reshape(many, *places, len(weight)).movedim(-1, 1))
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def real(self, *values: Tensor) -> Tensor:
