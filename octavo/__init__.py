@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from octavo.errors import OctavoError, OctavoWarning
     from octavo.io.checkpoint import load, save
     from octavo.io.integer import load_integer, save_integer
-    from octavo.nn.attention import quantize_attention_, restore_attention_
-    from octavo.nn.kv_cache import KVCache
-    from octavo.nn.kv_calibration import calibrate_kv_cache_
+    from octavo.nn.attention import quantize_attention_ as quantize_attention_
+    from octavo.nn.attention import restore_attention_ as restore_attention_
+    from octavo.nn.kv_cache import KVCache as KVCache
+    from octavo.nn.kv_calibration import calibrate_kv_cache_ as calibrate_kv_cache_
     from octavo.ptq.batch_norm import retune_batch_norms_
     from octavo.ptq.bias_correction import correct_biases_, correct_biases_without_data_, expected_inputs
     from octavo.ptq.convert import dequantize_, recast_
