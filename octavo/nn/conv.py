@@ -12,6 +12,9 @@ groups of scales are cut along K. For the input, a *token* is a sample: ``PerTok
 Where groups are narrow (depthwise convolutions) matrices would be slivers. There torch convolves the unscaled numbers
 in FP32, as long as that is as exact as the matrix product: where scales do not vary along K, and no sum of integers can
 leave the 2**24 that FP32 counts.
+
+So sums of integers of at most 8 bits are exact until the scales multiply them, in FP32; where scales vary along K, each
+stretch is. Sums of 8-bit floats are FP32 sums of exact products, within K · 2**-24 · Σ|xw| of the exact one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -174,7 +177,7 @@ class QuantizedConv(QuantizedLayer):
         assert how is not None
         apart = apart or (1,) * len(borders)
         if isinstance(how.granularity, PerGroup):
-            return self._multiply(x, _spread(x, 0, borders, apart), None, stride)
+            return self._multiply(x, _spread(x.detach(), 0, borders, apart), None, stride)
         q = self.quantize_input(x.flatten(1))
         zero = 0 if q.zero_point is None else q.zero_point.to(q.codes.dtype)
         spread = _spread(q.codes.view(x.shape), zero, borders, apart)
