@@ -11,7 +11,7 @@ groups of scales are cut along K. For the input, a *token* is a sample: ``PerTok
 
 Where groups are narrow (depthwise convolutions) matrices would be slivers. There torch convolves the unscaled numbers
 in FP32, as long as that is as exact as the matrix product: where scales do not vary along K, and no sum of integers can
-leave the 2**24 that FP32 counts.
+leave the 2**24 that FP32 counts. Other scales run group by group, which takes its time.
 
 So sums of integers of at most 8 bits are exact until the scales multiply them, in FP32; where scales vary along K, each
 stretch is. Sums of 8-bit floats are FP32 sums of exact products, within K · 2**-24 · Σ|xw| of the exact one.
