@@ -137,6 +137,10 @@ def quantize_unchecked(
     """
     x = x.detach()
     block = how.granularity.block(tuple(x.shape))
+    if isinstance(how.scale, Current) and storage == torch.float32:
+        quantized = _quantize_rows(x, how, block)
+        if quantized is not None:
+            return quantized
     scale, zero_point = compute_scale(x, block, how.format, how.scale, how.affine, storage)
     return _encode_scaled(x, how, block, scale, zero_point, generator)
 
@@ -157,10 +161,50 @@ def quantize_scaled(
         raise OctavoError(f"{how.granularity} of {list(x.shape)} has scales {list(counts)}, not {list(scale.shape)}")
     if (zero_point is not None) is not how.affine:
         raise OctavoError(f"{'an affine Cast needs' if how.affine else 'a symmetric Cast has no'} zero point")
+    scale, zero_point = scale.reshape(counts), None if zero_point is None else zero_point.reshape(counts)
+    quantized = _quantize_rows(x, how, block, scale, zero_point)
+    if quantized is not None:
+        return quantized
     low, high = reduce_blocks(x, block)
-    scale = scale.reshape(counts).where(low.isfinite() & high.isfinite(), math.nan)
-    zero_point = None if zero_point is None else zero_point.reshape(counts)
+    scale = scale.where(low.isfinite() & high.isfinite(), math.nan)
     return _encode_scaled(x, how, block, scale, zero_point, generator)
+
+
+def _quantize_rows(
+    x: Tensor,
+    how: Cast,
+    block: tuple[int, ...],
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+) -> QTensor | None:
+    """The same as below in one pass, where blocks lie along rows, or one given scale serves all; else None."""
+    fmt, counts = how.format, scale_shape(tuple(x.shape), block)
+    along = all(size == 1 or n == 1 for size, n in zip(block[:-1], x.shape[:-1], strict=True))
+    plain = how.rounding == "nearest-even" and fmt.bits <= 8 and fmt.stretch == 1
+    if not plain or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dim() == 0 or x.numel() == 0:
+        return None
+    if not along and (scale is None or math.prod(counts) > 1):
+        return None
+    if fmt.code_dtype != (torch.int8 if isinstance(fmt, IntegerFormat) and fmt.signed else torch.uint8):
+        return None
+    low, high = fmt.grid.low, fmt.grid.high
+    if not how.affine:
+        low, high = max(low, -high) if fmt.signed else low, min(high, -low) if fmt.signed else high
+    nan = fmt.nan_code if isinstance(fmt, FloatFormat) else -1
+    numbers = ops.RowFormat(
+        fmt.grid.mantissa, fmt.grid.emin, low, high, not fmt.subnormals, fmt.has_negative_zero, fmt.bits, nan
+    )
+    given = None
+    if scale is not None:
+        rows = (-1, counts[-1]) if along else (1, 1)
+        given, zero_point = scale.reshape(rows), None if zero_point is None else zero_point.reshape(rows)
+    group = block[-1] if along else x.shape[-1]
+    power_of_two = isinstance(how.scale, Current) and how.scale.power_of_two
+    codes, found, zeros = ops.quantize_rows(
+        x.reshape(-1, x.shape[-1]), group, numbers, given, zero_point, how.affine, power_of_two
+    )
+    points = zeros.view(counts) if how.affine else None
+    return QTensor(codes.view(x.shape), found.view(counts), points, fmt, block, x.dtype)
 
 
 def _encode_scaled(

@@ -146,7 +146,7 @@ def quantize_rows(
         found = spread.where(spread > 0, tiny) / steps
         found = found.where(found.isfinite(), most / steps - least / steps)
         if power_of_two:
-            fraction, exponent = torch.frexp(found)
+            fraction, exponent = torch.frexp(found.clamp(min=limits.tiny))
             found = pow2((exponent - (fraction == 0.5).int()).clamp(-149, 127)).float()
         found = found.clamp(limits.tiny, limits.max)
     found = found.where(whole, float("nan"))
