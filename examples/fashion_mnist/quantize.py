@@ -20,24 +20,17 @@ import octavo as ov
 from examples.fashion_mnist import tasks
 from examples.fashion_mnist.models import MODELS
 from examples.fashion_mnist.train import scores
-from octavo.calibration.entropy import Entropy
-from octavo.calibration.line_search import LineSearch
-from octavo.calibration.minmax import MinMax
-from octavo.calibration.moving_average import MovingAverage
-from octavo.calibration.mse import MSE
-from octavo.calibration.observer import Observer
-from octavo.calibration.percentile import Percentile
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 FORMATS = ("INT8", "E2M5", "E3M4", "E4M3FN", "E5M2")
-OBSERVERS: dict[str, Observer] = {
-    "minmax": MinMax(),
-    "moving-average=0.9": MovingAverage(),
-    "percentile=99.99": Percentile(percent=99.99),
-    "percentile=99.9": Percentile(percent=99.9),
-    "entropy": Entropy(),
-    "mse": MSE(),
-    "line-search=flexible-bias": LineSearch(mode="flexible-bias"),
+OBSERVERS: dict[str, ov.calibration.Observer] = {
+    "minmax": ov.calibration.MinMax(),
+    "moving-average=0.9": ov.calibration.MovingAverage(momentum=0.9),
+    "percentile=99.99": ov.calibration.Percentile(percent=99.99),
+    "percentile=99.9": ov.calibration.Percentile(percent=99.9),
+    "entropy": ov.calibration.Entropy(),
+    "mse": ov.calibration.MSE(),
+    "line-search=flexible-bias": ov.calibration.LineSearch(mode="flexible-bias"),
 }
 RANGE = "mse"  # of the weights, and of the inputs where scales are static
 

@@ -8,9 +8,9 @@ from functools import cache
 
 from torch import Tensor, nn
 
+import octavo as ov
 from examples.fashion_mnist import data
 from examples.fashion_mnist.train import BATCH, scores, trained
-from octavo.ptq.fold import fold_batch_norms_
 
 
 def resnet() -> nn.Module:
@@ -37,7 +37,7 @@ def accuracy(model: nn.Module) -> float:
 def folded(name: str) -> nn.Module:
     """A trained network as it is quantized: its BatchNorms are part of the convolutions before them."""
     model = trained(name, pictures())
-    fold_batch_norms_(model, pictures().calibration[0][:1])
+    ov.fold_batch_norms_(model, pictures().calibration[0][:1])
     return model
 
 
