@@ -1,7 +1,7 @@
 """Emulated accumulators on [512, 512] × [512, 512], in multiply-accumulates a second.
 
 Targets: IBM's 1-6-9 in chunks of 64, rounded to nearest-even after every addition, at 0.5 G a second and 20 times a
-torch loop over K; and the FP8 product with FP32 sums, codes in, at 80 % of torch's BF16 matmul on 1024³. Two loops
+torch loop over K; and the FP8 product with FP32 sums, codes in, at 88 % of torch's BF16 matmul on 1024³. Two loops
 stand beside ours: the law in ``ops/reference.py``, right for all operands, and one written for speed, in place in
 float32, which is right for 8-bit operands only. Results are compared bit for bit.
 """
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import octavo as ov
-from benchmarks.measure import interleaved, markdown
+from benchmarks.measure import interleaved, markdown, timed
 from octavo.core.accumulate import Chunked, Integer, Sequential, TensorCore, sum_products
 from octavo.core.matmul import multiply
 from octavo.ops import reference
 
-TARGET_RATE, TARGET_RATIO, TARGET_OF_BF16 = 0.5e9, 20.0, 0.8
+TARGET_RATE, TARGET_RATIO, TARGET_OF_BF16 = 0.5e9, 20.0, 0.88
 IBM = Chunked("FP16_169", 64)
 
 
@@ -67,14 +67,14 @@ def run(size: int = 512) -> dict[str, Any]:
         "INT32, wrapping": lambda: sum_products(c, d, Integer()),
         "torch loop, quick, E5M2": lambda: quick_loop(a, b),
     }
-    seconds = interleaved(ways, repeats=5)
+    seconds = interleaved(ways, repeats=5, warm=2)
     few = size // 8  # the law takes its time: an eighth of K
     law = {
         "torch loop, the law": lambda: reference.accumulate_mm(
             a[:, :few], b[:, :few], *grid, 64, *grid, "nearest-even", 0
         )
     }
-    seconds |= {name: s * size / few for name, s in interleaved(law, repeats=1).items()}
+    seconds |= {name: s * size / few for name, s in interleaved(law, repeats=1, warm=1).items()}
     rates = {name: size**3 / s for name, s in seconds.items()}
     ours = "1-6-9, chunks of 64, E5M2"
     table = [
@@ -88,18 +88,23 @@ def run(size: int = 512) -> dict[str, Any]:
     x, w = (torch.randn(1024, 1024, generator=generator) for _ in range(2))
     p, q = (ov.quantize(t, ov.Cast("E4M3FN")) for t in (x, w))
     x16, w16 = p.numbers(torch.bfloat16), q.numbers(torch.bfloat16)
-    exact = interleaved(
+    exact = timed(
         {
             "torch BF16": lambda: x16 @ w16.T,
             "octavo E4M3FN, codes in, FP32 out": lambda: multiply(p, q),
+            "octavo E4M3FN, codes in, BF16 out": lambda: multiply(p, q, dtype=torch.bfloat16),
             "octavo matmul of QTensors": lambda: ov.matmul(p, q.mT),
         },
-        repeats=15,
+        repeats=31,
     )
-    base = exact["torch BF16"]
-    table = [[name, f"{2e-9 * 1024**3 / s:.0f}", f"{100 * base / s:.0f} %"] for name, s in exact.items()]
-    print(markdown(["1024³, FP32 sums", "GFLOP/s", "of torch's BF16"], table))
-    of_bf16 = base / exact["octavo E4M3FN, codes in, FP32 out"]
+    base = exact["torch BF16"].median
+    table = [
+        [name, f"{2e-9 * 1024**3 / t.median:.0f}", t.spread, f"{100 * base / t.median:.0f} %"]
+        for name, t in exact.items()
+    ]
+    target = f"of torch's BF16 (≥ {100 * TARGET_OF_BF16:.0f} %)"
+    print(markdown(["1024³, FP32 sums", "GFLOP/s", "spread", target], table))
+    of_bf16 = base / exact["octavo matmul of QTensors"].median
     return {
         "rates": rates,
         "ratio_to_the_law": to_law,

@@ -7,6 +7,7 @@ with the straight-through gradient of Bengio et al. (1308.3432): what is trained
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -178,22 +179,13 @@ def _quantize_rows(
     zero_point: Tensor | None = None,
 ) -> QTensor | None:
     """The same as below in one pass, where blocks lie along rows, or one given scale serves all; else None."""
-    fmt, counts = how.format, scale_shape(tuple(x.shape), block)
-    along = all(size == 1 or n == 1 for size, n in zip(block[:-1], x.shape[:-1], strict=True))
-    plain = how.rounding == "nearest-even" and fmt.bits <= 8 and fmt.stretch == 1
-    if not plain or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dim() == 0 or x.numel() == 0:
+    numbers = _row_format(how.format, how.affine) if how.rounding == "nearest-even" else None
+    if numbers is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not x.dim() or not x.numel():
         return None
+    counts = scale_shape(tuple(x.shape), block)
+    along = all(size == 1 or n == 1 for size, n in zip(block[:-1], x.shape[:-1], strict=True))
     if not along and (scale is None or math.prod(counts) > 1):
         return None
-    if fmt.code_dtype != (torch.int8 if isinstance(fmt, IntegerFormat) and fmt.signed else torch.uint8):
-        return None
-    low, high = fmt.grid.low, fmt.grid.high
-    if not how.affine:
-        low, high = max(low, -high) if fmt.signed else low, min(high, -low) if fmt.signed else high
-    nan = fmt.nan_code if isinstance(fmt, FloatFormat) else -1
-    numbers = ops.RowFormat(
-        fmt.grid.mantissa, fmt.grid.emin, low, high, not fmt.subnormals, fmt.has_negative_zero, fmt.bits, nan
-    )
     given = None
     if scale is not None:
         rows = (-1, counts[-1]) if along else (1, 1)
@@ -204,7 +196,20 @@ def _quantize_rows(
         x.reshape(-1, x.shape[-1]), group, numbers, given, zero_point, how.affine, power_of_two
     )
     points = zeros.view(counts) if how.affine else None
-    return QTensor(codes.view(x.shape), found.view(counts), points, fmt, block, x.dtype)
+    return QTensor(codes.view(x.shape), found.view(counts), points, how.format, block, x.dtype)
+
+
+@lru_cache(maxsize=256)
+def _row_format(fmt: Format, affine: bool) -> ops.RowFormat | None:
+    """The format as ``ops.quantize_rows`` takes it, or None if it does not."""
+    codes = torch.int8 if isinstance(fmt, IntegerFormat) and fmt.signed else torch.uint8
+    if fmt.bits > 8 or fmt.stretch != 1 or fmt.code_dtype != codes:
+        return None
+    mantissa, emin, low, high = fmt.grid
+    if fmt.signed and not affine:
+        low, high = max(low, -high), min(high, -low)
+    nan = fmt.nan_code if isinstance(fmt, FloatFormat) else -1
+    return ops.RowFormat(mantissa, emin, low, high, not fmt.subnormals, fmt.has_negative_zero, fmt.bits, nan)
 
 
 def _encode_scaled(
