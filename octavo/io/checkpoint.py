@@ -70,6 +70,31 @@ def save(
     Raises ``OctavoError`` if nothing is quantized, if a layer cannot be said in the layout, or if ``folder`` is not
     empty and ``force`` is not given.
     """
+    told = contents(model, layout)
+    with atomic_folder(folder, force) as unfinished:
+        write_description(model, told, unfinished, tokenizer)
+        _write_tensors(model, told.tensors, unfinished, told.file)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a folder will hold: its layout, its tensors by name, and how ``config.json`` says they are quantized."""
+
+    layout: str
+    tensors: dict[str, Tensor]
+    method: dict[str, Any]
+
+    @property
+    def file(self) -> str:
+        """The file of the tensors, if they are not too many for one."""
+        return safe_files.OWN if self.layout == "octavo" else safe_files.WEIGHTS
+
+
+def contents(model: nn.Module, layout: str) -> Contents:
+    """What ``save`` writes for a model, which may be on the meta device: then names, shapes and dtypes are right.
+
+    A float tensor that transformers ties to another one is left out. Raises what ``save`` raises of the model.
+    """
     if layout not in LAYOUTS:
         raise OctavoError(f"layout is {' or '.join(LAYOUTS)}, not {layout!r}")
     layers = _quantized(model)
@@ -89,24 +114,32 @@ def save(
             state |= compressed_tensors.tensors(name, layer)
         state |= kv_cache.public_tensors(caches, next(iter(layers.values())).dtype)
         method = compressed_tensors.config(linears, model) | {"kv_cache_scheme": kv_cache.public_scheme(caches)}
-    with atomic_folder(folder, force) as unfinished:
-        if is_transformers(model):
-            _write_config(model, layers, unfinished, method)
-        manifest = {
-            "version": VERSION,
-            "layout": layout,
-            "buffers": _unsaved_buffers(model),
-            "layers": {
-                name: {"scheme": to_json(x.scheme), "dtype": str(x.dtype).removeprefix("torch.")}
-                for name, x in layers.items()
-            },
-            "kv_cache": kv_cache.own_record(caches),
-            "structure": structure.record(model),
-        }
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _write_tensors(model, state, unfinished, safe_files.OWN if layout == "octavo" else safe_files.WEIGHTS)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished)
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {name for name, tensor in state.items() if _same_numbers(state.get(ties.get(name, "")), tensor)}
+    return Contents(layout, {name: tensor for name, tensor in state.items() if name not in tied}, method)
+
+
+def write_description(
+    model: nn.Module, told: Contents, folder: Path, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> None:
+    """Everything of the folder but the tensors: config, manifest, tokenizer."""
+    layers = _quantized(model)
+    if is_transformers(model):
+        _write_config(model, layers, folder, told.method)
+    manifest = {
+        "version": VERSION,
+        "layout": told.layout,
+        "buffers": _unsaved_buffers(model),
+        "layers": {
+            name: {"scheme": to_json(x.scheme), "dtype": str(x.dtype).removeprefix("torch.")}
+            for name, x in layers.items()
+        },
+        "kv_cache": kv_cache.own_record(kv_cache.found_in(model)),
+        "structure": structure.record(model),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -405,15 +438,19 @@ def _untied(model: Any) -> bool:
     return any(target not in own or own[target] is not own.get(source) for target, source in ties.items())
 
 
+def _same_numbers(one: Tensor | None, other: Tensor) -> bool:
+    """Whether two tensors begin at the same place of the same memory; those on the meta device have places too."""
+    if one is None:
+        return False
+    places = [(x.untyped_storage()._cdata, x.storage_offset()) for x in (one, other)]
+    return places[0] == places[1]
+
+
 def _write_tensors(model: nn.Module, state: Mapping[str, Tensor], folder: Path, file: str) -> None:
-    """Shards of at most ``SHARD``; a float tensor that transformers ties to another one is left out."""
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    """Shards of at most ``SHARD``."""
     seen: set[int] = set()
     content = {}
     for name, tensor in state.items():
-        source = state.get(ties.get(name, ""))
-        if source is not None and source.data_ptr() == tensor.data_ptr():
-            continue
         # every name its own bytes: safetensors refuses tensors that share memory
         storage = tensor.untyped_storage().data_ptr()
         content[name] = (tensor.clone() if storage in seen else tensor).contiguous()

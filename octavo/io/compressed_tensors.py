@@ -220,7 +220,7 @@ def _checked(
 def short(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales in the model's dtype, unless it cannot hold them because the model was converted since."""
     short = scale if dtype == torch.float64 else scale.to(dtype)
-    return short if torch.equal(short.float(), scale) else scale
+    return short if scale.is_meta or torch.equal(short.float(), scale) else scale
 
 
 def _kind(how: Cast) -> str | None:

@@ -86,7 +86,7 @@ def open_model(name: str | os.PathLike[str], dtype: torch.dtype | None = None) -
         model = _load_as_floats(path, dtype)
     else:
         model = _load_folder(path, dtype)
-    return Source(os.fspath(name), model, _tokenizer_or_warning(path), path)
+    return Source(os.fspath(name), model, tokenizer_or_warning(path), path)
 
 
 def is_eight_bit(path: Path) -> bool:
@@ -215,7 +215,8 @@ def _load_as_floats(folder: Path, dtype: torch.dtype | None) -> "PreTrainedModel
     return loaded
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | None) -> "PreTrainedModel":
+def check_folder(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """The config and the tensors of a float checkpoint's folder, from its headers, once nothing speaks against it."""
     transformers = loading.require("transformers")
     if (folder / "adapter_config.json").exists():
         raise OctavoError(
@@ -233,6 +234,11 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> "PreTrainedModel":
             f"{folder}: {len(small)} weights are stored in 8 bits or less ({listed(small, 2)}), and {CONFIG} does not "
             "say how to read them. Start from the original checkpoint."
         )
+    return raw, tensors
+
+
+def _load_folder(folder: Path, dtype: torch.dtype | None) -> "PreTrainedModel":
+    raw, tensors = check_folder(folder)
     model_class, config = architecture(folder, raw)
     return loading.load(
         folder,
@@ -310,7 +316,7 @@ def _pickle_error(*files: Path) -> OctavoError:
     )
 
 
-def _tokenizer_or_warning(path: Path) -> "PreTrainedTokenizerBase | None":
+def tokenizer_or_warning(path: Path) -> "PreTrainedTokenizerBase | None":
     """The tokenizer; None if there is none, and a warning if it is there but broken."""
     try:
         return gguf.tokenizer(path) if path.is_file() else _folder_tokenizer(path)

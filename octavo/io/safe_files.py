@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
@@ -38,12 +38,13 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says about one tensor."""
+    """What a header says about one tensor; ``offset``: where in the file its bytes begin."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int = 0
 
 
 def tensors(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
@@ -153,7 +154,8 @@ def header(file: str | os.PathLike[str]) -> dict[str, TensorInfo]:
         expected = end
     if expected != data_bytes:
         raise OctavoError(f"{file}: the tensors end at byte {expected} of {data_bytes} bytes of data. {_AGAIN}")
-    return {name: info for _, _, name, info in spans}
+    data = 8 + len(text)
+    return {name: replace(info, offset=data + begin) for begin, _, name, info in spans}
 
 
 def _header_text(file: Path) -> tuple[bytes, int]:
