@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-
 WARM = 5  # rounds before the first that counts: fresh memory makes the first few several times as long
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from octavo.cli import measure
@@ -46,12 +45,12 @@ def float_model(arguments: argparse.Namespace) -> Opened:
 
 def any_model(arguments: argparse.Namespace) -> Opened:
     """The model, float or 8-bit."""
-    from octavo.io import checkpoint, entry_point, huggingface, loading
+    from octavo.io import checkpoint, entry_point, huggingface
 
-    if entry_point.is_entry_point(arguments.model):
-        return float_model(arguments)
-    path = huggingface.locate(arguments.model)
-    if not is_eight_bit(path):
+    path = None if entry_point.is_entry_point(arguments.model) else huggingface.locate(arguments.model)
+    if path is None or not huggingface.is_eight_bit(path):
+        if arguments.architecture is not None:
+            raise OctavoError(f"--architecture is for 8-bit folders, and {arguments.model} is none. Leave it out")
         return float_model(arguments)
     if arguments.dtype != "auto":
         raise OctavoError(f"{path} is an 8-bit folder and has its dtype; --dtype is for float models")
@@ -64,18 +63,8 @@ def any_model(arguments: argparse.Namespace) -> Opened:
             f"{path} does not say what model its numbers belong to: name the function that makes it, "
             "--architecture MODULE:FUNCTION"
         )
-    transformers = loading.require("transformers")
     model = checkpoint.load(path)
-    with loading.transformers_on(f"the tokenizer in {path}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return Opened(model, tokenizer, _numbers(model))
-
-
-def is_eight_bit(path: Path) -> bool:
-    """Whether this is a folder that ``octavo.load`` opens."""
-    from octavo.io import huggingface
-
-    return huggingface.is_eight_bit(path)
+    return Opened(model, huggingface.tokenizer_or_warning(path), _numbers(model))
 
 
 def _numbers(model: Any) -> str:

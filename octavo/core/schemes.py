@@ -39,10 +39,8 @@ class Scheme:
             raise OctavoError(
                 "a weight's scale comes from the weight itself; Static is for inputs, Current for weights"
             )
-        if self.input is not None and self.static and not isinstance(self.input.granularity, PerTensor | PerChannel):
-            raise OctavoError(
-                f"a static input has one scale, or one a channel; {self.input.granularity} varies with it"
-            )
+        if self.input is not None and self.static and self.input.granularity != PerTensor():
+            raise OctavoError(f"a static input has one scale for all of it, not {self.input.granularity}")
 
     @property
     def static(self) -> bool:

@@ -3,7 +3,8 @@
 Everything is written into a hidden sibling on the same filesystem, flushed to the disk, and moved into place with one
 rename. A full disk, Ctrl-C, SIGTERM or any other exception removes the sibling and leaves what was there untouched.
 Only a `kill -9` or a power cut can leave something behind: a hidden `.octavo-….partial` (or, within the moment
-between two renames, `.octavo-….old` with the folder that was being replaced).
+between two renames, `.octavo-….old` with the folder that was being replaced). Work of hours is not thrown away so
+easily: the sibling of a `resumable_folder` has a name that the next run finds again.
 """
 
 import difflib
@@ -56,6 +57,37 @@ def atomic_folder(out: str | os.PathLike[str], force: bool = False) -> Iterator[
                     f"{_bytes(free)} free. Make room or choose another folder."
                 ) from error
             raise
+
+
+@contextmanager
+def resumable_folder(out: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
+    """Yield a folder to fill, which may hold what an interrupted block left; when the block ends well, it is `out`.
+
+    Whatever ends the block otherwise, the folder stays: `unfinished(out)`.
+    """
+    check_output(out, force)
+    target, temporary = Path(os.path.realpath(out)), unfinished(out)
+    with _sigterm_raises():
+        try:
+            with _named(out):
+                temporary.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _flush(temporary)
+            with _named(out):
+                _swap(temporary, target, force)
+        except Exception as error:
+            if _disk_full(error):
+                raise OctavoError(
+                    f"{out}: the disk is full; {_bytes(_size(temporary))} are written and kept in {temporary}. Make "
+                    "room and run the same again to go on from there, or remove that folder."
+                ) from error
+            raise
+
+
+def unfinished(out: str | os.PathLike[str]) -> Path:
+    """Where `resumable_folder(out)` keeps what is not whole yet."""
+    target = Path(os.path.realpath(out))
+    return target.parent / f".octavo-{target.name}.unfinished"
 
 
 def check_output(out: str | os.PathLike[str], force: bool = False) -> None:
@@ -130,7 +162,7 @@ def _swap(temporary: Path, target: Path, force: bool) -> None:
             _flush_folder(target.parent)
             return
         check_output(target, force)  # something may have appeared there while the work was done
-        old = temporary.with_suffix(".old")
+        old = target.parent / f".octavo-{uuid.uuid4().hex[:12]}.old"
         os.rename(target, old)
         try:
             os.rename(temporary, target)

@@ -1,10 +1,11 @@
-/* Octavo's CPU kernels: the cast onto a number grid, codes and back, and a bfloat16 matrix product.
+/* Octavo's CPU kernels: the cast onto a number grid, codes and back, rows to codes, and products of codes.
  *
  * Plain C11 without torch's headers, so that any `cc` builds it in a second or two. One file serves every x86-64:
  * a kernel is compiled once per instruction set by __attribute__((target)) and chosen at run time; any other
  * machine gets the scalar path. native.py compiles and calls; the law each kernel obeys is written there. */
 #define _DEFAULT_SOURCE /* madvise */
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -201,7 +202,7 @@ void octavo_decode16(const uint8_t *codes, const uint16_t *table, uint16_t *y, i
     for (int64_t i = 0; i < n; i++) y[i] = table[codes[i]];
 }
 
-/* ---- scale: sums to numbers, sum * left[m] * right[n] + bias[n], each step rounded to float32 --------------------- */
+/* ---- scale: sums to numbers, sum * left[m] * right[n] + bias[n], each step rounded to float32 ------------------- */
 
 enum { F32, BF16, F16 }; /* types of results */
 
@@ -280,7 +281,7 @@ typedef struct {
     float most;               /* the largest number, to which the largest magnitude goes; affine: the number of steps */
     float low, high;          /* integers: the lowest and the highest code */
     int32_t one_sided;        /* no negative numbers: the scale is that of the largest, not of the magnitude */
-    /* floats, as for octavo_encode8; steps: of the smallest subnormal, or where there is none, of the smallest normal */
+    /* floats, as for octavo_encode8; steps: of the smallest subnormal; where there is none, of the smallest normal */
     int32_t mantissa, rebias, shift, last, sign, nan, nan_sign, zero_sign;
     float least, steps;
 } Rows;
@@ -474,8 +475,8 @@ enum { LANES = 16, PANEL = 3, STRIP = LANES * PANEL, LOT = 48, DEPTH = 1024, FEW
 
 /* Sums of either kind, as 32-bit words. */
 INLINE AVX512_DOTS __m512i dot(int kind, __m512i sum, __m512i a, __m512i b) {
-    return kind == INTEGERS ? _mm512_dpbusd_epi32(sum, a, b)
-                            : _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)a, (__m512bh)b));
+    if (kind == INTEGERS) return _mm512_dpbusd_epi32(sum, a, b);
+    return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)a, (__m512bh)b));
 }
 
 INLINE AVX512_DOTS __m512i sum_of(int kind, __m512i a, __m512i b) {
@@ -555,8 +556,10 @@ INLINE int64_t strip_start(int64_t strip, int64_t strips, int64_t vectors) { ret
 
 /* Lays a strip of A out as panel[stretch][word][vector], and its scales and offsets as [stretch][STRIP]; absent rows
  * and what is missing of a stretch's last word are 0. */
-AVX512_DOTS static void pack(const Product *p, int64_t i0, int vectors, __m512i *panel, float *lefts, int32_t *offsets) {
-    const int64_t m = least(p->m - i0, vectors * LANES), words = words_of(p->kind, p->stretch), per_word = p->kind == INTEGERS ? 4 : 2;
+AVX512_DOTS static void pack(const Product *p, int64_t i0, int vectors, __m512i *panel, float *lefts,
+                             int32_t *offsets) {
+    const int64_t m = least(p->m - i0, vectors * LANES), words = words_of(p->kind, p->stretch);
+    const int64_t per_word = p->kind == INTEGERS ? 4 : 2;
     const __m512i flip = _mm512_set1_epi8((char)p->flip);
     Table table;
     if (p->a_table) table = table_of(p->a_table);
@@ -599,7 +602,8 @@ typedef struct {
 } Stretch;
 
 /* Up to `columns` rows of B: sums[column][STRIP] becomes sums or, at the end of a stretch, numbers. */
-INLINE AVX512_DOTS void tile(int kind, int vectors, int columns, const Stretch *s, int64_t j0, int64_t n, __m512i *sums) {
+INLINE AVX512_DOTS void tile(int kind, int vectors, int columns, const Stretch *s, int64_t j0, int64_t n,
+                             __m512i *sums) {
     __m512i sum[12][PANEL]; /* at most 24 of them are live, in registers: both counts are constants once inlined */
     const char *row[12];
     UNROLL for (int j = 0; j < columns; j++) {
@@ -613,7 +617,8 @@ INLINE AVX512_DOTS void tile(int kind, int vectors, int columns, const Stretch *
         UNROLL for (int j = 0; j < columns; j++) {
             int32_t word;
             memcpy(&word, row[j] + 4 * w, 4);
-            UNROLL for (int v = 0; v < vectors; v++) sum[j][v] = dot(kind, sum[j][v], panel[v], _mm512_set1_epi32(word));
+            const __m512i words_of_b = _mm512_set1_epi32(word);
+            UNROLL for (int v = 0; v < vectors; v++) sum[j][v] = dot(kind, sum[j][v], panel[v], words_of_b);
         }
     if (s->tail)
         UNROLL for (int j = 0; j < columns; j++) {
@@ -645,7 +650,8 @@ INLINE AVX512_DOTS __m256i to_bfloat16s(__m512 y) {
     const __m512i u = _mm512_castps_si512(y), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(1 << 22)), 16));
+    const __m512i quiet = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(1 << 22));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16));
 }
 
 INLINE AVX512_DOTS void store(void *c, int out, int64_t at, __mmask16 mask, __m512 y) {
@@ -682,7 +688,7 @@ AVX512_DOTS static void decode_lot(const Product *p, int64_t j0, int64_t n, char
         for (int64_t s = 0; s < stretches_of(p); s++) {
             const uint8_t *from = (const uint8_t *)p->b + (j0 + j) * p->ldb + s * p->stretch;
             const int64_t k = least(p->k - s * p->stretch, p->stretch);
-            char *out = to + j * ld + 4 * s * words; /* whole vectors: the next stretch, or slack, mends what is too much */
+            char *out = to + j * ld + 4 * s * words; /* whole vectors: the next stretch, or slack, takes the excess */
             for (int64_t i = 0; i < k; i += 32) _mm512_storeu_si512(out + 2 * i, load_codes(table, from + i, k - i));
         }
 }
@@ -694,7 +700,8 @@ AVX512_DOTS static void sum_lot(const Product *p, int64_t j0, int64_t n, int32_t
             const uint8_t *row = (const uint8_t *)p->b + (j0 + j) * p->ldb + s * p->stretch;
             const int64_t k = least(p->k - s * p->stretch, p->stretch);
             __m512i sum = _mm512_setzero_si512();
-            for (int64_t i = 0; i < k; i += 64) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), load8(row + i, k - i));
+            for (int64_t i = 0; i < k; i += 64)
+                sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), load8(row + i, k - i));
             totals[s * LOT + j] = _mm512_reduce_add_epi32(sum);
         }
 }
@@ -708,13 +715,15 @@ typedef struct {
 } Packed;
 
 /* One lot of B against strips first to last. */
-INLINE AVX512_DOTS void lot(int kind, const Product *p, const Packed *a, int64_t j0, int64_t first, int64_t last, char *scratch) {
+INLINE AVX512_DOTS void lot(int kind, const Product *p, const Packed *a, int64_t j0, int64_t first,
+                            int64_t last, char *scratch) {
     const int64_t n = least(p->n - j0, LOT), stretches = stretches_of(p), words = words_of(kind, p->stretch);
     const int64_t size = kind == INTEGERS ? 1 : 2;
     __m512i sums[LOT * PANEL];
     float *rights = (float *)scratch;
     int32_t *totals = (int32_t *)(rights + stretches * LOT);
     char *decoded = (char *)(totals + stretches * LOT);
+    const char *b = (const char *)p->b + j0 * p->ldb * size;
     const int64_t ld = p->b_table ? (4 * a->words + 64 + 127) / 128 * 128 + 64 : p->ldb * size; /* no power of two */
     if (p->b_table) decode_lot(p, j0, n, decoded, ld);
     if (kind == INTEGERS) sum_lot(p, j0, n, totals);
@@ -733,7 +742,7 @@ INLINE AVX512_DOTS void lot(int kind, const Product *p, const Packed *a, int64_t
             for (int64_t w = 0; w < whole || w == 0; w += depth) {
                 Stretch part = {
                     .panel = a->panels + v0 * a->words + (s * words + w) * vectors,
-                    .b = (p->b_table ? decoded + 4 * s * words : (const char *)p->b + (j0 * p->ldb + s * p->stretch) * size) + 4 * w,
+                    .b = (p->b_table ? decoded + 4 * s * words : b + s * p->stretch * size) + 4 * w,
                     .ldb = ld,
                     .words = least(whole - w, depth),
                     .left = p->left ? a->lefts + (strip * stretches + s) * STRIP : NULL,
@@ -757,10 +766,12 @@ INLINE AVX512_DOTS void lot(int kind, const Product *p, const Packed *a, int64_t
         finish(p, sums, v0 * LANES, vectors, j0);
     }
 }
-AVX512_DOTS static void lot_of_floats(const Product *p, const Packed *a, int64_t j0, int64_t first, int64_t last, char *scratch) {
+AVX512_DOTS static void lot_of_floats(const Product *p, const Packed *a, int64_t j0, int64_t first,
+                                      int64_t last, char *scratch) {
     lot(FLOATS, p, a, j0, first, last, scratch);
 }
-AVX512_DOTS static void lot_of_integers(const Product *p, const Packed *a, int64_t j0, int64_t first, int64_t last, char *scratch) {
+AVX512_DOTS static void lot_of_integers(const Product *p, const Packed *a, int64_t j0, int64_t first,
+                                        int64_t last, char *scratch) {
     lot(INTEGERS, p, a, j0, first, last, scratch);
 }
 
@@ -795,7 +806,8 @@ INLINE AVX512_DOTS void dots(int kind, int coded, int rows, const Product *p, co
         for (int64_t c = 0; c < k; c += step) {
             __m512i x[4];
             UNROLL for (int i = 0; i < rows; i++)
-                x[i] = kind == FLOATS ? load16((const uint16_t *)left[i] + c, k - c) : load8((const uint8_t *)left[i] + c, k - c);
+                x[i] = kind == FLOATS ? load16((const uint16_t *)left[i] + c, k - c)
+                                      : load8((const uint8_t *)left[i] + c, k - c);
             UNROLL for (int j = 0; j < columns; j++) {
                 __m512i w;
                 if (coded) w = load_codes(table, (const uint8_t *)right[j] + c, k - c);
@@ -889,15 +901,18 @@ int octavo_product(const Product *p, int threads) {
     a.lefts = (float *)(memory + panels);
     a.offsets = (int32_t *)(memory + panels + scales);
     char *const scratches = memory + panels + 2 * scales;
+    int64_t taken = 0, packed = 0;
 #pragma omp parallel num_threads(threads) if (work > 1 << 20)
     {
-#pragma omp for schedule(static)
-        for (int64_t s = 0; s < a.strips; s++) {
+        /* no barrier: on a busy machine the others may not have begun, and who is here does it all */
+        for (int64_t s; (s = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED)) < a.strips;) {
             const int64_t v = strip_start(s, a.strips, a.vectors);
             pack(p, v * LANES, (int)(strip_start(s + 1, a.strips, a.vectors) - v), a.panels + v * a.words,
                  a.lefts + s * stretches * STRIP, a.offsets + s * stretches * STRIP);
+            __atomic_fetch_add(&packed, 1, __ATOMIC_RELEASE);
         }
-#pragma omp for schedule(dynamic, 1)
+        while (__atomic_load_n(&packed, __ATOMIC_ACQUIRE) < a.strips) sched_yield();
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t t = 0; t < lots * shares; t++) {
             char *const mine = scratches + THREAD * scratch;
             const int64_t share = t % shares, first = share * a.strips / shares, last = (share + 1) * a.strips / shares;

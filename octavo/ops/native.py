@@ -1,4 +1,4 @@
-"""Compiles ``native.c`` on first use, loads it, and calls it: the CPU's cast and BF16 matmul without a build step.
+"""Compiles ``native.c`` on first use, loads it, and calls it: the CPU's fast paths without a build step.
 
 ``accumulate.c``, which ``accumulate.py`` calls, is compiled here too, when first asked for. The C files know nothing of
 Python or torch, so whatever ``cc`` the machine has builds one in a second or two. A shared object is kept in

@@ -200,6 +200,8 @@ def test_a_network_of_ones_own(vision, octavo):
     assert octavo("evaluate", "vision:net", "--evaluate", "vision:likeness", "--json").json["score"]["value"] == 1
     said = octavo("evaluate", "small", "--evaluate", "vision:likeness")
     assert (said.code, "--architecture MODULE:FUNCTION" in said.err) == (2, True)
+    said = octavo("evaluate", "llama", "--architecture", "vision:net")
+    assert (said.code, "--architecture is for 8-bit folders, and llama is none" in said.err) == (2, True)
     said = octavo("evaluate", "vision:net")
     assert (said.code, "no --evaluate MODULE:FUNCTION says by what" in said.err) == (2, True)
 

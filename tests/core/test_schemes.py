@@ -70,6 +70,8 @@ def test_static_schemes():
     assert schemes.describe(powers) == "E3M4/power of two × E3M4/tensor/static/power of two"
     with pytest.raises(OctavoError, match="PerToken"):
         Scheme(Cast("INT8"), Cast("INT8", PerToken(), ov.Static()))
+    with pytest.raises(OctavoError, match="PerChannel"):
+        Scheme(Cast("INT8"), Cast("INT8", PerChannel(1), ov.Static()))
     with pytest.raises(OctavoError, match="calibration"):
         ov.quantize(torch.ones(3), Cast("INT8", scale=ov.Static()))
 

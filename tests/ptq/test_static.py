@@ -180,5 +180,5 @@ def test_per_tensor_weights_and_powers_of_two():
     ov.quantize_(model, scheme, [x])
     assert float(torch.frexp(model[0].input_scale)[0]) == 0.5
     assert model[0].scale.shape == (1, 1)
-    with pytest.raises(OctavoError, match="one scale, or one a channel"):
+    with pytest.raises(OctavoError, match="one scale for all of it"):
         Scheme(Cast("INT8", PerChannel(0)), Cast("INT8", ov.PerGroup(32), ov.Static()))
