@@ -24,7 +24,9 @@ try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 except ImportError as error:
-    raise ImportError(f"8-bit attention is for models of a recent transformers ({error}): pip install -U transformers") from error
+    raise ImportError(
+        f"8-bit attention is for models of a recent transformers ({error}): pip install -U transformers"
+    ) from error
 
 from octavo.calibration.batches import Call, Track
 from octavo.calibration.minmax import MinMax

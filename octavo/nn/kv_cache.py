@@ -29,7 +29,9 @@ try:
     )
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 except ImportError as error:
-    raise ImportError(f"octavo.KVCache is a cache for a recent transformers ({error}): pip install -U transformers") from error
+    raise ImportError(
+        f"octavo.KVCache is a cache for a recent transformers ({error}): pip install -U transformers"
+    ) from error
 
 from octavo.core import formats
 from octavo.core.cast import Cast
