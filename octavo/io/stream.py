@@ -1,0 +1,438 @@
+"""Quantize a checkpoint that is larger than the memory: from file to file, never a model in between.
+
+The architecture is built on the meta device, where it has shapes and no numbers. There every rule is decided, every
+layer swapped, and every tensor of the folder to come has its name, dtype and shape before one byte is read. Then the
+numbers pass by in strips of rows: read, quantized, written. The tensors are bit for bit those of
+``open_model``, ``quantize_``, ``save``. A run that was killed is gone on with by running it again.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import octavo
+from octavo.calibration.minmax import MinMax
+from octavo.core.cast import quantize_scaled, quantize_unchecked
+from octavo.core.granularity import PerTensor, reduce_blocks, scale_shape
+from octavo.core.qtensor import QTensor
+from octavo.core.records import to_json
+from octavo.core.scaling import Constant, Current, scale_of_range
+from octavo.core.schemes import Scheme, describe
+from octavo.errors import OctavoError
+from octavo.io import checkpoint, compressed_tensors, huggingface, shards
+from octavo.io.folder import resumable_folder
+from octavo.io.lineage import Run, Stored, Traced, trace
+from octavo.io.shards import Arrangement, Shape
+from octavo.nn import swap
+from octavo.nn.linear import QuantizedLinear
+from octavo.nn.swap import Layer
+from octavo.ptq.quantize import LayerReport
+from octavo.ptq.rules import Rules, assign
+from octavo.ptq.stacks import stacks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STRIP = 1 << 23  # bytes of a weight that are quantized at a time
+AHEAD = 1 << 27  # bytes that the system is asked to have read by the time they are wanted
+SHARD = 5_000_000_000  # bytes of tensors in a file, as ``checkpoint.save`` has it
+#: Tells of bytes that have been read; those of an earlier run at once.
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will become of a checkpoint: which layer gets which scheme, in which layout, and why that one."""
+
+    source: Traced
+    verdict: dict[Layer, Scheme | str]
+    layout: str
+    why: str
+    told: checkpoint.Contents
+    units: "Sequence[_Unit]"
+    tokenizer: "PreTrainedTokenizerBase | None"
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes that are to be read."""
+        return sum(unit.nbytes for unit in self.units)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the tensors that are to be written."""
+        return sum(tensor.nbytes for tensor in self.told.tensors.values())
+
+    def reports(self) -> list[LayerReport]:
+        """Every layer with weights, with its bytes before and after."""
+        modules = dict(self.source.model.named_modules(remove_duplicate=False))
+        return [
+            LayerReport(x.name, x.kind, describe(v), "", x.nbytes, sum(t.nbytes for t in modules[x.name].buffers()))
+            if isinstance(v, Scheme)
+            else LayerReport(x.name, x.kind, None, v, x.nbytes, x.nbytes)
+            for x, v in self.verdict.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did: bytes read by an earlier one and by this one, seconds of this one, files of tensors written."""
+
+    resumed: int
+    read: int
+    seconds: float
+    files: list[str]
+
+
+def plan(source: str | os.PathLike[str], rules: Rules, layout: str = "auto", dtype: torch.dtype | None = None) -> Plan:
+    """Decide everything from headers and config. ``rules`` as for ``quantize_``, ``dtype`` as for ``open_model``.
+
+    Raises ``OctavoError`` for what is no folder of safetensors, damaged files, rules that match nothing, schemes that
+    need calibration, a layout that cannot hold a layer, and tensors that transformers computes while it loads.
+    """
+    folder = huggingface.locate(source)
+    if folder.is_file():
+        raise OctavoError(
+            f"{folder} is a GGUF file, and only safetensors can be streamed; quantize it without --stream"
+        )
+    traced = trace(folder, dtype)
+    model = traced.model
+    verdict = assign(model, swap.layers(model), rules)
+    chosen = [(layer, scheme) for layer, scheme in verdict.items() if isinstance(scheme, Scheme)]
+    for layer, scheme in chosen:
+        if scheme.static:
+            raise OctavoError(
+                f"{layer.name}: {describe(scheme)} needs calibration, for which the model has to run. Choose a dynamic "
+                "or a weight-only scheme, or quantize without --stream"
+            )
+    floats = dict(model.state_dict())
+    for layer, scheme in chosen:
+        swap.replace(model, layer, layer.eight_bit.replacing(layer.module, _blank(layer, scheme), scheme))
+    possible, why = checkpoint.layout_for(model)
+    told = checkpoint.contents(model, possible if layout == "auto" else layout)
+    units = _units(traced, floats, chosen, told)
+    return Plan(traced, verdict, told.layout, why, told, units, huggingface.tokenizer_or_warning(folder))
+
+
+def run(
+    made: Plan,
+    out: str | os.PathLike[str],
+    force: bool = False,
+    advance: Advance = lambda count: None,
+    shard: int = SHARD,
+) -> Result:
+    """Write the folder ``out``, whole or not at all; what a killed run has written of it is kept and gone on with.
+
+    ``force`` replaces the checkpoint in ``out``, and gives up an unfinished run of other rules or another source.
+    ``shard``: bytes of tensors a file. Raises ``OctavoError`` on NaN or Inf in a weight, on a source that changes
+    meanwhile, on a full disk.
+    """
+    started = time.perf_counter()
+    layout = shards.arrange([unit.outputs for unit in made.units], made.told.file, shard)
+    identity = _identity(made, layout)
+    resumed = read = 0
+    with resumable_folder(out, force) as unfinished, shards.writing(unfinished, layout, identity, force) as writer:
+        checkpoint.write_description(made.source.model, made.told, unfinished, made.tokenizer)
+        resumed = sum(unit.nbytes for unit in made.units[: writer.done])
+        advance(resumed)
+        with _Reader([run for unit in made.units[writer.done :] for run in unit.runs]) as reader:
+            for unit in made.units[writer.done :]:
+                for name, piece in unit.pieces(reader):
+                    writer.append(name, piece)
+                    advance(reader.take_count())
+                writer.finish_unit()
+                advance(reader.take_count())
+                read += unit.nbytes
+        if _source_identity(made) != identity["source"]:
+            raise OctavoError(f"{made.source.folder} was changed while it was read; remove {unfinished} and begin anew")
+    return Result(resumed, read, time.perf_counter() - started, list(layout.headers))
+
+
+class _Reader:
+    """Bytes of files, read from where they lie; tells the system beforehand what comes next."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._coming = list(reversed(runs))
+        self._asked = self._used = self._count = 0
+        self._open: dict[Path, int] = {}
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def take_count(self) -> int:
+        """How many bytes were read since this was last asked."""
+        count, self._count = self._count, 0
+        return count
+
+    def read(self, stored: Stored, begin: int, end: int, again: bool = False) -> Tensor:
+        """The bytes from ``begin`` to ``end`` as uint8; those that will be read ``again`` do not count yet."""
+        out = torch.empty(end - begin, dtype=torch.uint8)
+        view, filled, passed = memoryview(out.numpy()), 0, 0
+        for run in stored.runs:
+            first, last = max(begin - passed, 0), min(end - passed, run.nbytes)
+            if first < last:
+                self._read_into(view[filled : filled + last - first], run.file, run.offset + first)
+                filled += last - first
+            passed += run.nbytes
+        if not again:
+            self._count += len(out)
+            self._used += len(out)
+            self._ask()
+        return out
+
+    def _read_into(self, view: memoryview, file: Path, offset: int) -> None:
+        while view:
+            count = os.preadv(self._descriptor(file), [view], offset)
+            if not count:
+                raise OctavoError(f"{file} was cut off while it was read")
+            view, offset = view[count:], offset + count
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._open:
+            try:
+                self._open[file] = os.open(file, os.O_RDONLY)
+            except OSError as error:
+                raise OctavoError(f"{file} cannot be read ({error.strerror})") from None
+        return self._open[file]
+
+    def _ask(self) -> None:
+        while self._coming and self._asked < self._used + AHEAD and hasattr(os, "posix_fadvise"):
+            run = self._coming.pop()
+            part = min(run.nbytes, AHEAD)
+            if part < run.nbytes:
+                self._coming.append(Run(run.file, run.offset + part, run.nbytes - part))
+            os.posix_fadvise(self._descriptor(run.file), run.offset, part, os.POSIX_FADV_WILLNEED)
+            self._asked += part
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Tensors that are written together, and what is read for them."""
+
+    outputs: Mapping[str, Shape]
+    runs: tuple[Run, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(run.nbytes for run in self.runs)
+
+    def pieces(self, reader: _Reader) -> Iterator[tuple[str, Tensor]]:
+        """Rows of the outputs, each output's in order."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Kept(_Unit):
+    """A tensor that stays what it is, in the model's dtype; ``layer`` is the one that becomes 8-bit around it."""
+
+    stored: Stored
+    layer: str | None
+
+    def pieces(self, reader: _Reader) -> Iterator[tuple[str, Tensor]]:
+        """The tensor in strips."""
+        ((name, (dtype, _)),) = self.outputs.items()
+        for begin in range(0, self.stored.nbytes, STRIP):
+            part = reader.read(self.stored, begin, min(begin + STRIP, self.stored.nbytes)).view(self.stored.dtype)
+            part = part.to(dtype)
+            if self.layer is not None and not bool(part.isfinite().all()):
+                raise _not_finite(self.layer, name, part)
+            yield name, part
+
+
+@dataclass(frozen=True)
+class _Eight(_Unit):
+    """A layer's weight, to become 8 bits.
+
+    ``own``: the float layer's tensors. ``stack``: weights that share one scale with it (``ptq.stacks``).
+    """
+
+    layer: Layer
+    scheme: Scheme
+    layout: str
+    own: Mapping[str, Stored]
+    stack: "tuple[_Rows, ...]"
+
+    def pieces(self, reader: _Reader) -> Iterator[tuple[str, Tensor]]:
+        """Codes and scales, a strip of rows after the other."""
+        reached = dict.fromkeys(self.outputs, 0)
+        for part in self._quantized(reader):
+            if not bool(part.scale.isfinite().all()):
+                raise _not_finite(self.layer.name, f"{self.layer.name}.weight", part.scale)
+            for name, tensor in self._named(part):
+                dtype, shape = self.outputs[name]
+                if reached[name] < torch.Size(shape).numel():  # a scale for all rows comes with every strip
+                    reached[name] += tensor.numel()
+                    yield name, tensor.to(dtype)
+
+    def _quantized(self, reader: _Reader) -> Iterator[QTensor]:
+        rows, how = _Rows.of(self.layer, self.own), self.scheme.weight
+        if rows is None:
+            matrix = _whole(self.layer, self.own, reader)
+            yield quantize_unchecked(matrix, how, matrix.dtype)
+            return
+        block = how.granularity.block(rows.shape)
+        step = max(STRIP // max(rows.row_bytes, 1) // block[0], 1) * block[0]
+        alone = block[0] < rows.shape[0] or step >= rows.shape[0] or isinstance(how.scale, Constant)
+        if alone and not self.stack:
+            for part in rows.strips(reader, step):
+                yield quantize_unchecked(part, how, rows.dtype)
+            return
+        scale, zero_point = self._shared_scale(rows, reader)
+        for part in rows.strips(reader, max(STRIP // rows.row_bytes, 1)):
+            yield quantize_scaled(part, how, scale, zero_point)
+
+    def _shared_scale(self, rows: "_Rows", reader: _Reader) -> tuple[Tensor, Tensor | None]:
+        """The scale of blocks that reach over all rows, for which everything is read once more."""
+        how = self.scheme.weight
+        if self.stack:
+            watcher = MinMax().fresh(PerTensor())
+            for member in self.stack:
+                for part in member.strips(reader, max(STRIP // member.row_bytes, 1), again=True):
+                    watcher.update(part)
+            return watcher.scale(how, rows.dtype)
+        assert isinstance(how.scale, Current)
+        low = high = torch.zeros(())
+        for at, part in enumerate(rows.strips(reader, max(STRIP // rows.row_bytes, 1), again=True)):
+            least, most = reduce_blocks(part, how.granularity.block(tuple(part.shape)))
+            low, high = (torch.minimum(low, least), torch.maximum(high, most)) if at else (least, most)
+        work = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        return scale_of_range(low.to(work), high.to(work), how.format, how.affine, how.scale.power_of_two, rows.dtype)
+
+    def _named(self, part: QTensor) -> Iterator[tuple[str, Tensor]]:
+        """The strip's tensors under the names of the layout, and of the layer, which may have several."""
+        for name in self.layer.names:
+            if self.layout == "octavo":
+                found = {
+                    f"{name}.codes": part.codes,
+                    f"{name}.scale": part.scale,
+                    f"{name}.zero_point": part.zero_point,
+                }
+            else:
+                found = dict(compressed_tensors.tensors(name, QuantizedLinear(part, None, self.scheme)))
+                if f"{name}.weight_shape" in found:
+                    found[f"{name}.weight_shape"] = torch.tensor(self.layer.matrix.shape)
+            yield from ((name, tensor) for name, tensor in found.items() if tensor is not None)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A matrix whose rows lie in files one after the other, and the dtype the model has it in."""
+
+    stored: Stored
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, layer: Layer, own: Mapping[str, Stored]) -> "_Rows | None":
+        """A layer's weight, unless it is computed, turned round, or empty."""
+        matrix, stored = layer.matrix, layer.module._parameters.get("weight")
+        if stored is None or not matrix.is_contiguous() or not stored.is_contiguous() or not matrix.numel():
+            return None
+        if matrix.untyped_storage()._cdata != stored.untyped_storage()._cdata:
+            return None
+        return cls(own["weight"], (matrix.shape[0], matrix.shape[1]), matrix.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in the files."""
+        return self.shape[1] * self.stored.dtype.itemsize
+
+    def strips(self, reader: _Reader, rows: int, again: bool = False) -> Iterator[Tensor]:
+        """The matrix, so many rows at a time."""
+        for first in range(0, self.shape[0], rows):
+            begin, end = first * self.row_bytes, min(first + rows, self.shape[0]) * self.row_bytes
+            part = reader.read(self.stored, begin, end, again).view(self.stored.dtype)
+            yield part.view(-1, self.shape[1]).to(self.dtype)
+
+
+def _blank(layer: Layer, scheme: Scheme) -> QTensor:
+    """A layer's weight in 8 bits, but for its numbers."""
+    matrix, how = layer.matrix, scheme.weight
+    shape = (matrix.shape[0], matrix.shape[1])
+    block = how.granularity.block(shape)
+    counts = scale_shape(shape, block)
+    codes = torch.empty(shape, dtype=how.format.code_dtype, device="meta")
+    scale = torch.empty(counts, dtype=torch.float32, device="meta")
+    zero_point = torch.empty(counts, dtype=torch.int32, device="meta") if how.affine else None
+    return QTensor(codes, scale, zero_point, how.format, block, matrix.dtype)
+
+
+def _units(
+    traced: Traced, floats: Mapping[str, Tensor], chosen: Sequence[tuple[Layer, Scheme]], told: checkpoint.Contents
+) -> list[_Unit]:
+    """Every tensor of the folder in one unit, in the order in which the files hold what they are made of."""
+    outputs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in told.tensors.items()}
+    eight = {name: layer for layer, _ in chosen for name in layer.names}
+    own = {
+        layer: {name: traced.of(f"{layer.name}.{name}") for name in layer.module.state_dict()} for layer, _ in chosen
+    }
+    stacked: dict[Layer, tuple[_Rows, ...]] = {}
+    for stack in stacks(chosen):
+        members = tuple(rows for layer in stack if (rows := _Rows.of(layer, own[layer])) is not None)
+        stacked |= dict.fromkeys(stack, members)
+    units: list[_Unit] = []
+    left = dict(outputs)
+    for layer, scheme in chosen:
+        made = {name: left.pop(name) for name in outputs if _is_code(name, layer)}
+        weight = tuple(run for name, stored in own[layer].items() if name != "bias" for run in stored.runs)
+        units.append(_Eight(made, weight, layer, scheme, told.layout, own[layer], stacked.get(layer, ())))
+    for name, shape in left.items():
+        parent = name.rpartition(".")[0]
+        if name not in floats:
+            raise OctavoError(f"{name} is a tensor that cannot be streamed; quantize without --stream")
+        stored = traced.of(name)
+        units.append(_Kept({name: shape}, stored.runs, stored, parent if parent in eight else None))
+    return sorted(units, key=lambda unit: [(run.file.name, run.offset) for run in unit.runs[:1]])
+
+
+def _is_code(name: str, layer: Layer) -> bool:
+    parent, _, part = name.rpartition(".")
+    return parent in layer.names and part != "bias"
+
+
+def _whole(layer: Layer, own: Mapping[str, Stored], reader: _Reader) -> Tensor:
+    """A layer's weight matrix, from all of its tensors."""
+    module: nn.Module = copy.deepcopy(layer.module).to_empty(device="cpu")
+    for name, tensor in module.state_dict().items():
+        stored = own[name]
+        numbers = reader.read(stored, 0, stored.nbytes, again=name == "bias").view(stored.dtype)
+        tensor.copy_(numbers.view(tensor.shape))
+    return layer.eight_bit.matrix(module).detach()
+
+
+def _not_finite(layer: str, name: str, part: Tensor) -> OctavoError:
+    return OctavoError(
+        f"{name} holds NaN or Inf: the checkpoint is damaged; mend it, or leave the layer alone with a rule for {layer!r}"
+    )
+
+
+def _identity(made: Plan, layout: Arrangement) -> dict[str, str]:
+    """What two runs must have in common for one to go on with the other's files."""
+    schemes = {x.name: to_json(v) if isinstance(v, Scheme) else None for x, v in made.verdict.items()}
+    told = [schemes, made.told.method, {name: header.hex() for name, header in layout.headers.items()}]
+    return {"version": octavo.__version__, "source": _source_identity(made), "set of rules": _digest(told)}
+
+
+def _source_identity(made: Plan) -> str:
+    """The source's files: what they are called, how long they are, when they were last changed, what they hold."""
+    infos = made.source.infos
+    files = sorted({info.file for info in infos.values()})
+    states = [(file.name, (state := os.stat(file)).st_size, state.st_mtime_ns) for file in files]
+    return _digest([states, [(name, x.dtype, x.shape, x.offset) for name, x in sorted(infos.items())]])
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
