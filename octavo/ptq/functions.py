@@ -61,8 +61,7 @@ def raise_limits(graph: fx.Graph, rounding: Container[str]) -> None:
         top = first = node.args[0]
         while operator_name(first) in COMMUTING and len(first.users) == 1:
             below, first = first, first.args[0]
-        source = first.args[0] if first.target is operator.getitem else first
-        if first is top or len(first.users) > 1 or operator_name(source) not in rounding:
+        if first is top or len(first.users) > 1 or operator_name(_producer(first)) not in rounding:
             continue
         with graph.inserting_after(first):
             clamp = graph.create_node("call_function", node.target, (first, *node.args[1:]), node.kwargs)
@@ -72,28 +71,41 @@ def raise_limits(graph: fx.Graph, rounding: Container[str]) -> None:
         graph.erase_node(node)
 
 
-def functions(graph: fx.Graph, constants: Mapping[fx.Node, Any]) -> dict[fx.Node, fx.Node]:
+def functions(graph: fx.Graph, constants: Mapping[fx.Node, Any], rounding: Container[str]) -> dict[fx.Node, fx.Node]:
     """The nodes that are a function of one tensor's numbers, each with that tensor's node.
 
-    The function may differ along one dimension, by constants. A clamp alone is none: it keeps its input's scale.
+    The function may differ along one dimension, by constants. Clamps that something before them takes over are none.
     """
     roots: dict[fx.Node, fx.Node] = {}
     varying: dict[fx.Node, set[int]] = {}
+    taken: set[fx.Node] = set()
     for node in graph.nodes:
         if node in constants or not _by_number(node):
             continue
         operands = [x for x in node.all_input_nodes if x not in constants]
-        found = {roots.get(x, x) for x in operands}
-        if len(found) != 1 or (limits_of(node) is not None and node.args[0] not in roots):
+        before = operands[0]
+        rounds = before in taken or (operator_name(_producer(before)) in rounding and before not in roots)
+        if limits_of(node) is not None and rounds and len(before.users) == 1:
+            taken.add(node)
             continue
-        root = found.pop()
+        found = {roots.get(x, x) for x in operands}
         dims = {dim for x in operands for dim in varying.get(x, ())}
         for constant in (constants[x] for x in node.all_input_nodes if x in constants):
             shape = constant.shape if isinstance(constant, Tensor) else ()
             dims |= {dim for dim, n in enumerate(shape, -len(shape)) if n != 1}
-        if isinstance(root.meta["val"], Tensor) and sizes(root) == sizes(node) and len(dims) <= 1:
+        if len(found) != 1 or len(dims) > 1:
+            continue
+        root = found.pop()
+        if isinstance(root.meta["val"], Tensor) and sizes(root) == sizes(node):
             roots[node], varying[node] = root, dims
     return roots
+
+
+def _producer(node: fx.Node) -> fx.Node:
+    """The operator itself where a node is one of its several results."""
+    source = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(source, fx.Node)
+    return source
 
 
 def _by_number(node: fx.Node) -> bool:

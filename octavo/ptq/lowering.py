@@ -67,7 +67,7 @@ class Plan:
         raise_limits(graph, _ROUNDING)
         for node in graph.nodes:
             self._fold(node)
-        self.roots = functions(graph, self.constants)
+        self.roots = functions(graph, self.constants, _ROUNDING)
         for node in graph.nodes:
             if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor | tuple | list):
                 self._lower(node)
@@ -316,6 +316,9 @@ class Plan:
         root = self.roots[node]
         if all(self.roots.get(user) is root for user in node.users):
             self.absorbed.add(node)
+            return
+        if limits_of(node) is not None and node.args[0] is root:
+            self._clamp(node)
             return
         if not node.meta["val"].is_floating_point():
             raise _unsupported(node)
@@ -626,6 +629,6 @@ _HANDLERS: dict[str, Callable[[Plan, fx.Node], Any]] = {
     **dict.fromkeys(("split", "split_with_sizes", "unbind"), Plan._split),
     "getitem": Plan._item,
 }
-_ROUNDING = {*_NORMS, "linear", "matmul", "mm", "addmm", "add", "sub", "mul", "cat", "mean"} | {
+_ROUNDING = {*_NORMS, "prelu", "linear", "matmul", "mm", "addmm", "add", "sub", "mul", "cat", "mean"} | {
     name for name in _HANDLERS if name.startswith(("conv", "adaptive_avg", "_adaptive_avg"))
 }
