@@ -142,7 +142,7 @@ class QuantizedLayer(nn.Module):
         return quantize_scaled(x, how, self.input_scale, self.input_zero_point)
 
     def activate(self, y: Tensor) -> Tensor:
-        """Hold the results to ``clamp``, in place: the last of ``forward`` before the cast to the input's dtype."""
+        """Hold the results to ``clamp``, in place: the last of ``forward``."""
         return y if self.clamp is None else y.clamp_(*self.clamp)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":

@@ -73,10 +73,9 @@ class QuantizedLinear(QuantizedLayer):
         if self.scheme.input is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return self.activate(F.linear(x, self.quantized_weight.dequantize(x.dtype), bias))
-        y = multiply(self.quantize_input(x.reshape(x.shape[:-1].numel(), self.in_features)), self.quantized_weight)
-        if self.bias is not None:
-            y += self.bias
-        return self.activate(y).to(x.dtype).view(*x.shape[:-1], self.out_features)
+        rows = self.quantize_input(x.reshape(x.shape[:-1].numel(), self.in_features))
+        y = multiply(rows, self.quantized_weight, self.bias, x.dtype)
+        return self.activate(y).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
