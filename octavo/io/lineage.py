@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.errors import OctavoError, OctavoWarning
-from octavo.io import huggingface, loading, safe_files
+from octavo.io import huggingface, loading
 from octavo.io.safe_files import TensorInfo, show
 
 #: The numbers of safetensors files that torch has.
@@ -127,7 +127,7 @@ def _load(
     folder: Path, raw: dict[str, Any], infos: Mapping[str, TensorInfo], state: dict[str, Tensor], dtype: Any
 ) -> nn.Module:
     model_class, settings = huggingface.architecture(folder, raw)
-    return loading.load(
+    model: nn.Module = loading.load(
         folder,
         model_class,
         settings,
@@ -137,6 +137,7 @@ def _load(
         dtype=dtype,
         device_map={"": "meta"},
     )
+    return model
 
 
 def _read_generation_config(folder: Path, model: Any) -> None:
@@ -179,7 +180,7 @@ class _Watch(TorchDispatchMode):
         pieces = self._made_of.get(_address(tensor))
         if pieces is None or not tensor.is_contiguous():
             return None
-        return _cut(pieces, tensor.storage_offset(), tensor.numel())
+        return _cut(pieces, int(tensor.storage_offset()), tensor.numel())
 
     def _remember(self, tensor: Tensor, pieces: list[_Piece] | None) -> None:
         if pieces is not None:

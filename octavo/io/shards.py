@@ -1,9 +1,9 @@
 """Safetensors files written piece by piece, and gone on with where a killed run stopped.
 
-Shapes and dtypes are known before any number is, so headers are written first and every byte's place is fixed. A journal
-beside the files has a line for every unit, a few tensors that are written together, with the checksums of their bytes.
-Whoever goes on believes the files that were whole, which had been flushed to the disk before the next one was begun,
-and reads the last one again: what is not as its checksums say is written anew.
+Shapes and dtypes are known before any number is, so headers are written first and every byte's place is fixed. A
+journal beside the files has a line for every unit, a few tensors that are written together, with the checksums of their
+bytes. Whoever goes on believes the files that were whole, which had been flushed to the disk before the next one was
+begun, and reads the last one again: what is not as its checksums say is written anew.
 """
 
 import fcntl
@@ -45,7 +45,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Which unit goes where: the files' headers and sizes, every tensor's slot, the index if there are several files."""
+    """Which unit goes where: the files' headers and sizes, each tensor's slot, and the index if files are several."""
 
     headers: Mapping[str, bytes]
     sizes: Mapping[str, int]
@@ -76,7 +76,9 @@ def arrange(units: Sequence[Mapping[str, Shape]], file: str, most: int) -> Arran
         room -= size
     stem, count = file.removesuffix(".safetensors"), len(shards)
     names = [file] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    headers, sizes, slots = {}, {}, {}
+    headers: dict[str, bytes] = {}
+    sizes: dict[str, int] = {}
+    slots: dict[str, Slot] = {}
     for name, shard in zip(names, shards, strict=True):
         headers[name], placed = _header(shard)
         slots |= {tensor: Slot(name, offset, nbytes) for tensor, (offset, nbytes) in placed.items()}
@@ -229,7 +231,8 @@ class _Journal:
             raise OctavoError(f"{self.path.parent} is being written by another process; wait for it") from None
         except OSError:  # a filesystem without locks
             pass
-        found, self._ends = [], [0]
+        found: list[dict[str, Any]] = []
+        self._ends = [0]
         for line in self._file.read().splitlines(keepends=True):
             try:
                 value = json.loads(line) if line.endswith(b"\n") else None
@@ -336,7 +339,7 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes, row by row."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header(shard: Mapping[str, Shape]) -> tuple[bytes, dict[str, tuple[int, int]]]:

@@ -13,13 +13,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-import octavo
 from octavo.calibration.minmax import MinMax
 from octavo.core.cast import quantize_scaled, quantize_unchecked
 from octavo.core.granularity import PerTensor, reduce_blocks, scale_shape
@@ -179,7 +179,7 @@ class _Reader:
     def read(self, stored: Stored, begin: int, end: int, again: bool = False) -> Tensor:
         """The bytes from ``begin`` to ``end`` as uint8; those that will be read ``again`` do not count yet."""
         out = torch.empty(end - begin, dtype=torch.uint8)
-        view, filled, passed = memoryview(out.numpy()), 0, 0
+        view, filled, passed = out.numpy().data, 0, 0
         for run in stored.runs:
             first, last = max(begin - passed, 0), min(end - passed, run.nbytes)
             if first < last:
@@ -248,7 +248,7 @@ class _Kept(_Unit):
             part = reader.read(self.stored, begin, min(begin + STRIP, self.stored.nbytes)).view(self.stored.dtype)
             part = part.to(dtype)
             if self.layer is not None and not bool(part.isfinite().all()):
-                raise _not_finite(self.layer, name, part)
+                raise _not_finite(self.layer, "bias")
             yield name, part
 
 
@@ -270,7 +270,7 @@ class _Eight(_Unit):
         reached = dict.fromkeys(self.outputs, 0)
         for part in self._quantized(reader):
             if not bool(part.scale.isfinite().all()):
-                raise _not_finite(self.layer.name, f"{self.layer.name}.weight", part.scale)
+                raise _not_finite(self.layer.name, "weight")
             for name, tensor in self._named(part):
                 dtype, shape = self.outputs[name]
                 if reached[name] < torch.Size(shape).numel():  # a scale for all rows comes with every strip
@@ -413,9 +413,10 @@ def _whole(layer: Layer, own: Mapping[str, Stored], reader: _Reader) -> Tensor:
     return layer.eight_bit.matrix(module).detach()
 
 
-def _not_finite(layer: str, name: str, part: Tensor) -> OctavoError:
+def _not_finite(layer: str, part: str) -> OctavoError:
     return OctavoError(
-        f"{name} holds NaN or Inf: the checkpoint is damaged; mend it, or leave the layer alone with a rule for {layer!r}"
+        f"{layer}.{part} holds NaN or Inf: the checkpoint is damaged; mend it, or leave the layer alone with a rule for "
+        f"{layer!r}"
     )
 
 
@@ -423,7 +424,7 @@ def _identity(made: Plan, layout: Arrangement) -> dict[str, str]:
     """What two runs must have in common for one to go on with the other's files."""
     schemes = {x.name: to_json(v) if isinstance(v, Scheme) else None for x, v in made.verdict.items()}
     told = [schemes, made.told.method, {name: header.hex() for name, header in layout.headers.items()}]
-    return {"version": octavo.__version__, "source": _source_identity(made), "set of rules": _digest(told)}
+    return {"version": metadata.version("octavo"), "source": _source_identity(made), "set of rules": _digest(told)}
 
 
 def _source_identity(made: Plan) -> str:

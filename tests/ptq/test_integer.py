@@ -19,6 +19,15 @@ from octavo.ptq.integer import integer_only
 from tests.nn.test_integer import NoFloats
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These tensors are tiny: on a busy machine several threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Model(nn.Module):
     """A forward function and the modules and parameters it uses."""
 
@@ -242,7 +251,7 @@ def test_accuracy_on_digits():
     x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     y, order = torch.tensor(digits.target), torch.randperm(len(x))
     (x, x_test), (y, y_test) = (t[order].split([1297, 500]) for t in (x, y))
-    model, steps = Net(8), 160
+    model, steps = Net(), 300
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, steps)
     for _ in range(steps):
