@@ -19,7 +19,7 @@ from benchmarks.measure import markdown
 from octavo.io import checkpoint, text
 from octavo.io.huggingface import open_model
 
-SCHEMES = tuple(ov.schemes.NAMES)
+SCHEMES = tuple(name for name, scheme in ov.schemes.NAMES.items() if not scheme.static)  # those: calibration.py
 
 
 def memory(field: str) -> float:
