@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
@@ -33,6 +33,7 @@ class Screen:
         self.as_json = as_json
         self.seconds: dict[str, float] = {}
         self.written: str | None = None  # what an interruption can no longer undo
+        self.kept: str | None = None  # what it leaves for the next run, in words
 
     def check(self) -> None:
         """Raise ``OctavoError`` at once if what this screen will need is not installed."""
@@ -89,6 +90,25 @@ class Screen:
         from rich import progress
 
         return progress.track(items, label, console=_console(sys.stderr), transient=True)
+
+    @contextmanager
+    def transfer(self, total: int, label: str) -> "Iterator[Callable[[int], object]]":
+        """A bar of bytes, with their speed and the time left, which the function that it gives moves on."""
+        if not sys.stderr.isatty():
+            yield lambda nbytes: None
+            return
+        from rich import progress
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=_console(sys.stderr), transient=True) as bars:
+            task = bars.add_task(label, total=total)
+            yield lambda nbytes: bars.advance(task, nbytes)
 
     @contextmanager
     def phase(self, name: str, doing: str = "") -> Iterator[None]:

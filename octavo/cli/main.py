@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except KeyboardInterrupt:
-        tell("error", f"interrupted; {f'{screen.written} is written' if screen.written else 'nothing was written'}")
+        written = f"{screen.written} is written" if screen.written else "nothing was written"
+        tell("error", f"interrupted; {screen.kept or written}")
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `octavo formats | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,7 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from octavo.cli import calibrate, measure, opening, report, schemes
+from octavo.cli import calibrate, measure, opening, report, schemes, stream
 from octavo.cli.console import Screen, count, tell
 from octavo.errors import OctavoError
 
@@ -41,6 +41,7 @@ examples:
   octavo quantize demo --out small
   octavo quantize FOLDER --scheme fp8-dynamic --skip '*.layers.0.*' --out small
   octavo quantize FOLDER --weights e4m3fn --weight-group 128 --dry-run
+  octavo quantize FOLDER --stream --out small
   octavo quantize FOLDER --scheme int8-static --calibrate percentile=99.99 --out small
   octavo quantize vision:resnet --data vision:pictures --evaluate vision:accuracy \\
       --scheme int8-static --out small""",
@@ -66,6 +67,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "octavo.load only (default: auto, the former where it can hold the model)",
     )
     group.add_argument("--dry-run", action="store_true", help="only show which layer would become what")
+    stream.flag(group)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
     if arguments.out is not None:
         folder.check_output(arguments.out, arguments.force)
         _check_not_source(arguments)
+    if arguments.stream:
+        stream.run(arguments, screen)
+        return
     rules = schemes.rules(arguments)
     weight_observer = calibrate.observer(arguments.calibrate_weights) if arguments.calibrate_weights else None
     ranges = calibrate.plan(arguments, rules)

@@ -39,7 +39,7 @@ class Result:
 def done(screen: Screen, result: Result) -> None:
     """The whole report, or the same as JSON."""
     summary = result.summary
-    _layers(screen, summary.layers, result.shared)
+    layers_table(screen, summary.layers, result.shared)
     screen.say()
     for name, words in _totals(screen, result).items():
         screen.facts({name: words}, "bold" if name in ("size", figure_of(result)) else None)
@@ -48,11 +48,7 @@ def done(screen: Screen, result: Result) -> None:
     screen.facts({"written": f"{result.out}  ({result.plan.layout})"}, "bold green")
     if result.plan.why:
         screen.facts({"": f"in Octavo's own layout, because of {result.plan.why}"}, "yellow")
-    screen.say()
-    for engine, words in openers(result).items():
-        screen.say(f"{engine:<{LABEL}} {words}", whole=True)
-        if engine == "transformers":
-            screen.say(f"{'':<{LABEL}} (needs pip install compressed-tensors)")
+    say_openers(screen, result)
     screen.result(_document(screen, result))
 
 
@@ -76,7 +72,7 @@ def plan(screen: Screen, model: str, made: "Plan") -> None:
         else LayerReport(x.name, x.kind, None, v, x.nbytes, x.nbytes)
         for x, v in made.verdict.items()
     ]
-    _layers(screen, layers, shared(made.verdict), planned=True)
+    layers_table(screen, layers, shared(made.verdict), planned=True)
     screen.say()
     why = f", because of {made.why}" if made.why else ""
     screen.say(f"Nothing was changed or written. The layout would be {made.layout}{why}.")
@@ -110,11 +106,21 @@ def openers(result: Result) -> dict[str, str]:
     return lines
 
 
-def _layers(screen: Screen, layers: "list[LayerReport]", shared: dict[str, str], planned: bool = False) -> None:
+def say_openers(screen: Screen, result: Result) -> None:
+    """A line an engine."""
+    screen.say()
+    for engine, words in openers(result).items():
+        screen.say(f"{engine:<{LABEL}} {words}", whole=True)
+        if engine == "transformers":
+            screen.say(f"{'':<{LABEL}} (needs pip install compressed-tensors)")
+
+
+def layers_table(screen: Screen, layers: "list[LayerReport]", shared: dict[str, str], planned: bool = False) -> None:
+    """What became of every family of layers, or will; with the SQNR of their weights where that was measured."""
     if screen.as_json:
         return
     eight, left = _group(layers, True), _group(layers, False)
-    numbers = ["layers", "MB"] if planned else ["layers", "MB", "→ MB", "SQNR"]
+    numbers = ["layers", "MB", *([] if planned else ["→ MB"]), *(["SQNR"] if _sqnrs(layers) else [])]
     shown = table("in 8 bits", *numbers, right=numbers, fold=["in 8 bits"])
     for (scheme, kind), members in eight.items():
         shown.add_row(scheme, f"{len(members)} {kind}", *_sizes(members, planned), style="bold")
@@ -150,9 +156,9 @@ def _families(layers: "list[LayerReport]") -> "dict[str, list[LayerReport]]":
 
 def _sizes(layers: "list[LayerReport]", planned: bool) -> list[str]:
     before, after = (mb(sum(x)) for x in ([y.bytes_before for y in layers], [y.bytes_after for y in layers]))
-    if planned:
-        return [before]
-    return [before, f"→ {after:>5}", f"{statistics.median(_sqnrs(layers)):.1f} dB"]
+    measured = _sqnrs(layers)
+    sizes = [before] if planned else [before, f"→ {after:>5}"]
+    return [*sizes, f"{statistics.median(measured):.1f} dB"] if measured else sizes
 
 
 def _sqnrs(layers: "list[LayerReport]") -> list[float]:

@@ -415,8 +415,8 @@ def _whole(layer: Layer, own: Mapping[str, Stored], reader: _Reader) -> Tensor:
 
 def _not_finite(layer: str, part: str) -> OctavoError:
     return OctavoError(
-        f"{layer}.{part} holds NaN or Inf: the checkpoint is damaged; mend it, or leave the layer alone with a rule for "
-        f"{layer!r}"
+        f"{layer}.{part} holds NaN or Inf: the checkpoint is damaged; mend it, or leave the layer alone with a rule "
+        f"for {layer!r}"
     )
 
 
