@@ -6,6 +6,7 @@ module and the line of Python it comes from.
 """
 
 import inspect
+import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,7 @@ from octavo.errors import OctavoError
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-_COPIES = ("clone", "detach", "alias", "contiguous", "lift_fresh_copy", "dropout", "feature_dropout", "identity")
+_COPIES = ("clone", "detach", "alias", "contiguous", "lift_fresh_copy")
 _CASTS = ("to", "_to_copy", "type_as")  # between floats: arithmetic has its own precision
 
 
@@ -80,10 +81,10 @@ def arguments(model: nn.Module, batch: Any, call: Call | None = None) -> tuple[d
     caught: list[dict[str, Any]] = []
 
     def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        given = inspect.signature(module.forward).bind(*args, **kwargs)
         found: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
-            kind = bound.signature.parameters[name].kind
+        for name, value in given.arguments.items():
+            kind = given.signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_KEYWORD:
                 found |= value
             elif kind is inspect.Parameter.VAR_POSITIONAL:
@@ -124,11 +125,11 @@ def where(node: fx.Node) -> str:
     path = path if isinstance(path, str) and not path.startswith("_empty") else ""
     kind = (kind if isinstance(kind, str) else getattr(kind, "__name__", "")).rpartition(".")[2]
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [(file, line) for file, line in lines if "/torch/" not in file.replace("\\", "/")]
+    own = [(file, line) for file, line in lines if not file.startswith(os.path.dirname(torch.__file__))]
     told = f"{path} ({operator_name(node)})" if path else operator_name(node)
     if own:
         file, line = own[-1]
-        told += f" at {file.replace(chr(92), '/').rpartition('/')[2]}:{line}"
+        told += f" at {os.path.basename(file)}:{line}"
     return told if not kind or path else f"{told} in {kind}"
 
 
@@ -160,7 +161,7 @@ def _export(
 ) -> "ExportedProgram":
     from torch.export import Dim, ExportedProgram, export  # late: it takes a second
 
-    sizes = {
+    free = {
         name: {dim: Dim.AUTO for dim, n in enumerate(x.shape) if n > 1 and (dim == 0 or not only_batch)}
         for name, x in tensors.items()
     }
@@ -169,7 +170,7 @@ def _export(
     args = [named.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in named]
     with evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # from torch to itself
-        program = export(model, tuple(args), named, dynamic_shapes={**sizes, **dict.fromkeys(others)})
+        program = export(model, tuple(args), named, dynamic_shapes={**free, **dict.fromkeys(others)}, strict=False)
         functional: ExportedProgram = program.run_decompositions({})
     return functional
 
@@ -204,6 +205,8 @@ def _does_nothing(node: fx.Node) -> bool:
     if name == "slice":  # of everything
         before, after = (sizes(x) for x in (node.args[0], node) if isinstance(x, fx.Node))
         return before == after and node.args[4:] in ((), (1,))
+    if name in ("dropout", "feature_dropout"):
+        return not bound(node)["train"]
     return name in _COPIES
 
 

@@ -302,8 +302,13 @@ class Plan:
         return self.given + len(self.steps) - 1
 
     def _concatenate(self, node: fx.Node) -> None:
+        """Tensors one after another, or stacked: then each gets the new dimension first."""
         given = bound(node)
-        takes = [x if x in self.tensors else self._constant(node, x) for x in given["tensors"]]
+        takes = [self.tensors[x] if x in self.tensors else self._constant(node, x) for x in given["tensors"]]
+        if operator_name(node) == "stack":
+            widen: Build = lambda inputs, _: Move(inputs, inputs[0], "unsqueeze.default", [given["dim"]])  # noqa: E731
+            self.steps += [_Step(where(node), [number], widen, None) for number in takes]
+            takes = list(range(self.given + len(self.steps) - len(takes), self.given + len(self.steps)))
         last, limits = self._limits(node)
 
         def build(inputs: list[Encoding], observed: Encoding | None) -> IntegerOp:
@@ -497,11 +502,10 @@ class Plan:
             if operator_name(node) == "unbind":
                 self._keep(user, x, _mover("select.int", [dim, part]))
                 continue
-            if isinstance(lengths, int):
-                lengths = [lengths] * (part + 1)
-            if not isinstance(lengths, list | tuple) or not all(isinstance(n, int) for n in lengths):
+            each = [lengths] * (part + 1) if isinstance(lengths, int) else lengths
+            if not isinstance(each, list | tuple) or not all(isinstance(n, int) for n in each):
                 raise OctavoError(f"{where(node)}: its sizes are computed from the input's; give it fixed ones")
-            start, stop = sum(lengths[:part]), sum(lengths[: part + 1])
+            start, stop = sum(each[:part]), sum(each[: part + 1])
             self._keep(user, x, _mover("slice.Tensor", [dim, start, stop]))
 
     def _item(self, node: fx.Node) -> None:
@@ -563,7 +567,7 @@ def _first_result(node: fx.Node) -> fx.Node:
 def _unsupported(node: fx.Node) -> OctavoError:
     return OctavoError(
         f"{where(node)} cannot run on integers. What can: linear layers, convolutions and transposed ones, matmul by a "
-        "weight, BatchNorm; add, sub, mul, cat; max, average and adaptive pools, means and maxima; functions "
+        "weight, BatchNorm; add, sub, mul, cat, stack; max, average and adaptive pools, means and maxima; functions "
         "of one number (relu, gelu, sigmoid, …); and what only moves numbers (view, permute, split, pad, nearest "
         "upsampling, …). Leave it out of the model and apply it to the result, or use octavo.quantize_"
     )
@@ -614,7 +618,7 @@ _HANDLERS: dict[str, Callable[[Plan, fx.Node], Any]] = {
     **dict.fromkeys(("matmul", "mm"), Plan._matmul),
     "addmm": Plan._addmm,
     **dict.fromkeys(("add", "sub", "mul"), Plan._arithmetic),
-    "cat": Plan._concatenate,
+    **dict.fromkeys(("cat", "stack"), Plan._concatenate),
     "prelu": Plan._prelu,
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), Plan._max_pool),
     **dict.fromkeys(("max_pool2d_with_indices", "max_pool3d_with_indices"), Plan._max_pool),
@@ -629,6 +633,6 @@ _HANDLERS: dict[str, Callable[[Plan, fx.Node], Any]] = {
     **dict.fromkeys(("split", "split_with_sizes", "unbind"), Plan._split),
     "getitem": Plan._item,
 }
-_ROUNDING = {*_NORMS, "prelu", "linear", "matmul", "mm", "addmm", "add", "sub", "mul", "cat", "mean"} | {
+_ROUNDING = {*_NORMS, "prelu", "linear", "matmul", "mm", "addmm", "add", "sub", "mul", "cat", "stack", "mean"} | {
     name for name in _HANDLERS if name.startswith(("conv", "adaptive_avg", "_adaptive_avg"))
 }

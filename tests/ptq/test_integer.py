@@ -78,7 +78,7 @@ def shuffle(model, x):
 
 def pieces(model, x):
     a, b, c = model.conv(x).split([2, 2, 2], 1)
-    return {"mean": (a * b - c).mean((2, 3)), "max": (c.amax(1), [b])}
+    return {"mean": (a * b - c).mean((2, 3)), "max": (c.amax(1), [b]), "stack": F.relu(torch.stack([a, b, a], -1))}
 
 
 def excite(model, x):
@@ -204,7 +204,7 @@ def test_models_equal_their_simulation_and_are_near_the_float_model(name, tmp_pa
     assert loaded.names == integer.names and loaded.encodings == integer.encodings
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_networks_equal_their_simulation(seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -251,7 +251,7 @@ def test_accuracy_on_digits():
     x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     y, order = torch.tensor(digits.target), torch.randperm(len(x))
     (x, x_test), (y, y_test) = (t[order].split([1297, 500]) for t in (x, y))
-    model, steps = Net(), 300
+    model, steps = Net(), 240
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, steps)
     for _ in range(steps):

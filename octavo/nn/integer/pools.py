@@ -13,7 +13,7 @@ from octavo.errors import OctavoError
 from octavo.nn.integer.encoding import Encoding
 from octavo.nn.integer.op import IntegerOp, KeepingOp, RescalingOp, centred, counted, pad, rescale
 
-MOST_AVERAGED = 1 << 23  # codes: more of them may not fit an int32 sum
+MOST_AVERAGED = 1 << 22  # codes: twice the sum of so many fits int32
 
 
 class _Average(RescalingOp):
