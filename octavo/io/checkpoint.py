@@ -22,10 +22,11 @@ from octavo.core.qtensor import QTensor
 from octavo.core.records import from_json, to_json
 from octavo.core.schemes import Scheme
 from octavo.errors import OctavoError
-from octavo.io import compressed_tensors, huggingface, kv_cache, loading, safe_files, structure
+from octavo.io import compressed_tensors, huggingface, integer, kv_cache, loading, safe_files, structure
 from octavo.io.folder import atomic_folder, did_you_mean
 from octavo.io.safe_files import TensorInfo
 from octavo.nn import swap
+from octavo.nn.integer.model import IntegerModel
 from octavo.nn.layer import QuantizedLayer
 from octavo.nn.linear import QuantizedLinear
 
@@ -99,7 +100,8 @@ def contents(model: nn.Module, layout: str) -> Contents:
         raise OctavoError(f"layout is {' or '.join(LAYOUTS)}, not {layout!r}")
     layers = _quantized(model)
     if not layers:
-        raise OctavoError("the model has no 8-bit layer; call octavo.quantize_ first")
+        how = "save it with octavo.save_integer" if isinstance(model, IntegerModel) else "call octavo.quantize_ first"
+        raise OctavoError(f"the model has no 8-bit layer; {how}")
     possible, why = layout_for(model)
     if layout == "compressed-tensors" and possible != layout:
         raise OctavoError(f"compressed-tensors cannot hold this model: {why}. Save it with layout='octavo'")
@@ -153,7 +155,7 @@ class _Stored:
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """Open a folder that ``save`` wrote, or any symmetric 8-bit compressed-tensors checkpoint, for inference.
+    """Open a folder that ``save`` or ``save_integer`` wrote, or any 8-bit compressed-tensors checkpoint, for inference.
 
     ``model``: for a model that is not transformers', the same architecture in float; its layers are replaced in
     place. Raises ``OctavoError`` on a damaged file, a missing or left-over tensor, or a scheme it does not know.
@@ -164,6 +166,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     config = safe_files.read_json(path / CONFIG) if (path / CONFIG).exists() else {}
     infos = safe_files.tensors(path)
     manifest = safe_files.read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}
+    if manifest.get("layout") == integer.LAYOUT:
+        return integer.load_integer(path)
     plan: Callable[[nn.Module], dict[str, _Stored]]
     plan_cache: Callable[[nn.Module], dict[str, kv_cache.Stored]]
     if manifest.get("layout") == "octavo":
