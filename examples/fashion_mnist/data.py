@@ -8,6 +8,7 @@ folder. The digits (1,797 of 8 × 8) come inside scikit-learn: they show that ev
 import gzip
 import os
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,10 @@ class Pictures:
 
 
 def load() -> Pictures:
-    """Fashion-MNIST if it is on this machine, else the digits."""
+    """Fashion-MNIST if it is on this machine, else the digits, with a word about it."""
     folder = place()
+    if folder is None:
+        print(f"no Fashion-MNIST in {DEBIAN}, and no {VARIABLE}=FOLDER: scikit-learn's digits instead", file=sys.stderr)
     return digits() if folder is None else fashion(folder)
 
 

@@ -32,6 +32,7 @@ OBSERVERS: dict[str, ov.calibration.Observer] = {
     "mse": ov.calibration.MSE(),
     "line-search=flexible-bias": ov.calibration.LineSearch(mode="flexible-bias"),
 }
+BY_RANGE = "INT8 static, by range"
 RANGE = "mse"  # of the weights, and of the inputs where scales are static
 
 
@@ -39,15 +40,25 @@ RANGE = "mse"  # of the weights, and of the inputs where scales are static
 class Cost:
     """What a scheme did to a network.
 
-    ``accuracy``: percent of the test pictures; ``change``: points gained against FP32, with its standard error
-    ``error``; ``sqnr``: of the scores, in dB.
+    ``accuracy``: percent of the test pictures. ``change``: points gained against FP32, with the standard error
+    ``error``; ``step`` and ``step_error``: the same against the row before. ``sqnr``: of the scores, in dB.
     """
 
     scheme: str
     accuracy: float
     change: float
     error: float
+    step: float
+    step_error: float
     sqnr: float
+
+
+def paired(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Points gained on the same pictures and their standard error (McNemar's), from which were right, bool [N]."""
+    count = len(before)
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+    change = (gained - lost) / count
+    return 100 * change, 100 * math.sqrt(((gained + lost) / count - change**2) / count)
 
 
 class Bench:
@@ -66,63 +77,57 @@ class Bench:
         share = self.accuracy / 100
         return 100 * math.sqrt(share * (1 - share) / len(self.labels))
 
-    def cost(self, name: str, scheme: ov.Scheme, ranges: str = RANGE) -> Cost:
-        """Quantize a copy of the network, and judge it by all test pictures."""
+    def scores_of(self, scheme: ov.Scheme, ranges: str) -> Tensor:
+        """Quantize a copy of the network, and let it judge all test pictures."""
         model = copy.deepcopy(self.model)
         if scheme.static and ranges not in self.seen:
             self.seen[ranges] = ov.calibrate(model, ov.schemes.INT8_STATIC, self.batches, OBSERVERS[ranges])
         data = self.seen[ranges] if scheme.static else None
         ov.quantize_(model, scheme, data, weight_observer=OBSERVERS[RANGE])
-        found = scores(model, self.images)
-        right = found.argmax(1) == self.labels
-        gained, lost = int((right & ~self.right).sum()), int((self.right & ~right).sum())
-        count = len(self.labels)
-        change = (gained - lost) / count
-        error = math.sqrt(((gained + lost) / count - change**2) / count)  # of the same pictures: McNemar's
-        accuracy = 100 * float(right.double().mean())
-        return Cost(name, accuracy, 100 * change, 100 * error, ov.sqnr(self.scores, found))
+        return scores(model, self.images)
 
-
-def static(fmt: str, affine: bool = False) -> ov.Scheme:
-    """Weights and inputs in one format; inputs have one scale."""
-    return ov.schemes.static(fmt, "UINT8", affine=True) if affine else ov.schemes.static(fmt)
-
-
-def per_tensor(scheme: ov.Scheme) -> ov.Scheme:
-    """The same with one scale for the whole weight."""
-    return replace(scheme, weight=replace(scheme.weight, granularity=ov.PerTensor()))
+    def table(self, title: str, schemes: dict[str, ov.Scheme]) -> list[Cost]:
+        """A row a scheme; one that is called like an observer has its inputs' ranges from there."""
+        rows: list[Cost] = []
+        last = self.right
+        for name, scheme in schemes.items():
+            started = time.perf_counter()
+            found = self.scores_of(scheme, name if name in OBSERVERS else RANGE)
+            right = found.argmax(1) == self.labels
+            accuracy, quality = 100 * float(right.double().mean()), ov.sqnr(self.scores, found)
+            rows.append(Cost(name, accuracy, *paired(self.right, right), *paired(last, right), quality))
+            last = right
+            seconds = time.perf_counter() - started
+            print(f"  {title}: {name} {accuracy:.2f} %, {quality:.1f} dB, {seconds:.0f} s", flush=True)
+        return rows
 
 
 def tables(bench: Bench) -> dict[str, list[Cost]]:
     """All that is measured of one network, by the title of the table."""
+    fixed = {fmt: ov.schemes.static(fmt) for fmt in FORMATS}
+    affine = {"INT8, inputs with a zero point": ov.schemes.INT8_AFFINE_STATIC}
+    current = {fmt: ov.schemes.dynamic(fmt) for fmt in FORMATS}
 
-    def row(table: str, *arguments: object) -> None:
-        started = time.perf_counter()
-        cost = bench.cost(*arguments)  # type: ignore[arg-type]
-        found.setdefault(table, []).append(cost)
-        seconds = time.perf_counter() - started
-        print(f"  {table}: {cost.scheme} {cost.accuracy:.2f} %, {cost.sqnr:.1f} dB, {seconds:.0f} s", flush=True)
+    def whole(schemes: dict[str, ov.Scheme]) -> dict[str, ov.Scheme]:
+        """The same with one scale for the whole weight."""
+        return {name: replace(x, weight=replace(x.weight, granularity=ov.PerTensor())) for name, x in schemes.items()}
 
-    found: dict[str, list[Cost]] = {}
-    affine = ("INT8, inputs with a zero point", static("INT8", affine=True))
-    for fmt in FORMATS:
-        row("static", fmt, static(fmt))
-        if fmt == "INT8":
-            row("static", *affine)
-    for fmt in FORMATS:
-        row("dynamic", fmt, ov.schemes.dynamic(fmt))
-    for fmt in FORMATS:
-        row("static, one scale a weight", fmt, per_tensor(static(fmt)))
-    for ranges in OBSERVERS:
-        row("INT8 static, by range", ranges, static("INT8"), ranges)
-    return found
+    wanted = {
+        "static": fixed | affine,
+        "dynamic": current,
+        "static, one scale a weight": whole(fixed | affine),
+        "dynamic, one scale a weight": whole(current),
+        BY_RANGE: dict.fromkeys(OBSERVERS, ov.schemes.INT8_STATIC),
+    }
+    return {title: bench.table(title, schemes) for title, schemes in wanted.items()}
 
 
 EXPLAINED = {
     "static": "One scale for each layer's input, a scale an output channel for its weight.",
     "dynamic": "A scale an image for each layer's input, made as it comes, a scale an output channel for its weight.",
     "static, one scale a weight": "One scale for each layer's input and one for its weight.",
-    "INT8 static, by range": "What `--calibrate` makes of the inputs seen; the ranges of the weights are the same.",
+    "dynamic, one scale a weight": "A scale an image for each layer's input, one for its weight.",
+    BY_RANGE: "What `--calibrate` makes of the inputs seen; the ranges of the weights are the same.",
 }
 
 
@@ -138,18 +143,31 @@ def page(pictures: str, benches: dict[str, Bench], found: dict[str, dict[str, li
         f"{pictures}, {len(some.labels):,} test pictures. Every layer is 8-bit, the first and the last too; BatchNorms",
         "are folded; nothing is retrained. Ranges are those of least squared error, of inputs found on",
         f"{sum(map(len, some.batches)):,} pictures kept apart from the training, where a table does not say otherwise.",
-        "`points` is the change against FP32 on the same pictures, ± its standard error; `SQNR` compares the scores",
-        f"with those of FP32. torch {torch.__version__}.",
+        "`points` is the change against FP32 on the same pictures, ± its standard error; `to the row above`",
+        f"is the change against that row; `SQNR` compares the scores with those of FP32. torch {torch.__version__}.",
     ]
     for name, bench in benches.items():
-        parts += ["", f"## {name}", "", f"FP32: {bench.accuracy:.2f} % ± {bench.error:.2f}."]
+        parts += ["", f"## {name}", "", f"FP32: {bench.accuracy:.2f} % ± {bench.error:.2f}. Points against it:", ""]
+        parts += summary(found[name])
         for title, rows in found[name].items():
             parts += ["", f"### {name}: {title}", "", EXPLAINED[title], ""]
-            parts += ["| | accuracy | points | SQNR |", "| --- | ---: | ---: | ---: |"]
+            parts += ["| | accuracy | points | to the row above | SQNR |", "| --- | ---: | ---: | ---: | ---: |"]
             parts += [
-                f"| {x.scheme} | {x.accuracy:.2f} % | {x.change:+.2f} ± {x.error:.2f} | {x.sqnr:.1f} dB |" for x in rows
+                f"| {x.scheme} | {x.accuracy:.2f} % | {x.change:+.2f} ± {x.error:.2f} "
+                f"| {'' if row == 0 else f'{x.step:+.2f} ± {x.step_error:.2f}'} | {x.sqnr:.1f} dB |"
+                for row, x in enumerate(rows)
             ]
     return "\n".join(parts) + "\n"
+
+
+def summary(found: dict[str, list[Cost]]) -> list[str]:
+    """What each format costs: a row a format, a column a table."""
+    columns = {title: rows for title, rows in found.items() if title != BY_RANGE}
+    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    for fmt in FORMATS:
+        costs = [next(x for x in rows if x.scheme == fmt) for rows in columns.values()]
+        lines.append(f"| {fmt} | {' | '.join(f'{x.change:+.2f} ± {x.error:.2f}' for x in costs)} |")
+    return lines
 
 
 def main() -> None:

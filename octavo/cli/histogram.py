@@ -253,11 +253,12 @@ def _bars(screen: Screen, spread: "Spread") -> None:
         (sum(spread.counts[i : i + together]), sum(spread.clipped[i : i + together]))
         for i in range(0, len(spread.counts), together)
     ]
-    most = math.log2(1 + max(total for total, _ in rows))
+    powers = [math.log2(total) for total, _ in rows if total]
+    least, most = min(powers) - 1, max(powers)
     room = max(10, min(screen.width, 120) - 46)
     shown = table("from", "to", "", "numbers", "clipped", right=("from", "to", "numbers", "clipped"))
     for (total, clipped), low, high in zip(rows, edges, edges[1:], strict=False):
-        eighths = max(1, round(8 * room * math.log2(1 + total) / most)) if total else 0
+        eighths = round(8 * room * (math.log2(total) - least) / (most - least)) if total else 0
         bar = "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
         style = "red" if clipped else None
         shown.add_row(f"{low:.4g}", f"{high:.4g}", bar, f"{total:,}", f"{clipped:,}" if clipped else "", style=style)
