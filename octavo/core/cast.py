@@ -143,7 +143,8 @@ def quantize_unchecked(
         if quantized is not None:
             return quantized
     scale, zero_point = compute_scale(x, block, how.format, how.scale, how.affine, storage)
-    return _encode_scaled(x, how, block, scale, zero_point, generator)
+    quantized = _quantize_rows(x, how, block, scale, zero_point)
+    return _encode_scaled(x, how, block, scale, zero_point, generator) if quantized is None else quantized
 
 
 def quantize_scaled(

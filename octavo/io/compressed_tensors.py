@@ -99,7 +99,8 @@ def tensors(name: str, layer: QuantizedLinear) -> dict[str, Tensor]:
     if layer.bias is not None:
         content[f"{name}.bias"] = layer.bias
     if _packed(layer.scheme):
-        content[f"{name}.weight_packed"] = (weight.codes.short() + 128).to(torch.uint8).contiguous().view(torch.int32)
+        from_zero = weight.codes.contiguous().view(torch.uint8) ^ 128  # the code + 128, in one pass
+        content[f"{name}.weight_packed"] = from_zero.view(torch.int32)
         content[f"{name}.weight_shape"] = torch.tensor(weight.shape)
     else:
         is_int = weight.format is formats.INT8

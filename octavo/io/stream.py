@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -143,7 +144,8 @@ def run(
         checkpoint.write_description(made.source.model, made.told, unfinished, made.tokenizer)
         resumed = sum(unit.nbytes for unit in made.units[: writer.done])
         advance(resumed)
-        with _Reader([run for unit in made.units[writer.done :] for run in unit.runs]) as reader:
+        ahead = [run for unit in made.units[writer.done :] for run in unit.runs]
+        with _Reader(ahead) as reader, _one_thread():
             for unit in made.units[writer.done :]:
                 for name, piece in unit.pieces(reader):
                     writer.append(name, piece)
@@ -154,6 +156,17 @@ def run(
         if _source_identity(made) != identity["source"]:
             raise OctavoError(f"{made.source.folder} was changed while it was read; remove {unfinished} and begin anew")
     return Result(resumed, read, time.perf_counter() - started, list(layout.headers))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread quantizes several times as fast as disks write; more of them would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Reader:
