@@ -405,7 +405,8 @@ class Plan:
     def _average_pool(self, node: fx.Node) -> None:
         given = bound(node)
         settings = (_windows(node), given["count_include_pad"], given.get("divisor_override"))
-        self._keep(node, given["self"], lambda inputs, output: AveragePool(inputs, output, *settings))
+        pool = self._keep if settings[2] is None else self._average  # a smaller divisor leaves the input's range
+        pool(node, given["self"], lambda inputs, output: AveragePool(inputs, output, *settings))
 
     def _adaptive_max_pool(self, node: fx.Node) -> None:
         given = bound(node)
@@ -453,12 +454,17 @@ class Plan:
         ends = self._value(node, given["pad"], "padding")
         sides = [(ends[i], ends[i + 1]) for i in range(len(ends) - 2, -1, -2)]
         value = float(given["value"] or 0.0)
+        x = self.tensors[given["self"]]
+        below = value < 0 and all("max_pool" in operator_name(user) for user in node.users)
+        if value != 0 and not below:  # it may lie beyond the range of what it pads: both get one of their own
+            self._plan(node, node, [x], lambda inputs, observed: Concatenate(inputs, Limits().on(observed, 0.0)))
+            x = self.tensors[node]
 
-        def build(inputs: list[Encoding], output: Encoding) -> IntegerOp:
-            code = int(output.quantize(torch.tensor(value, dtype=torch.float64)))
-            return Pad(inputs, output, sides, code)
+        def build(inputs: list[Encoding], _: Encoding | None) -> IntegerOp:
+            code = int(inputs[0].quantize(torch.tensor(value, dtype=torch.float64)))
+            return Pad(inputs, inputs[0], sides, code)
 
-        self._keep(node, given["self"], build)
+        self._plan(node, node, [x], build, observed=False)
 
     def _reshape(self, node: fx.Node) -> None:
         x = node.args[0]

@@ -139,6 +139,22 @@ MODELS = {
         (3, 8, 8),
     ),
     "shuffle": (Model(shuffle, conv=nn.Conv2d(4, 4, 3, groups=2)), (4, 8, 6)),
+    "chunk": (
+        Model(lambda m, x: torch.cat([y + 1 for y in m.conv(x).chunk(3, 1)[::-1]], 1), conv=nn.Conv2d(3, 8, 3)),
+        (3, 8, 8),
+    ),
+    "fill": (
+        Model(lambda m, x: m.conv(F.pad(m.conv(x), (1, 0, 2, 0), value=-9.0)), conv=nn.Conv2d(3, 3, 3)),
+        (3, 8, 8),
+    ),
+    "lowest": (
+        Model(lambda m, x: F.max_pool2d(F.pad(m.conv(x), (1, 0, 1, 0), value=-1e9), 2), conv=nn.Conv2d(3, 4, 3)),
+        (3, 8, 8),
+    ),
+    "sum pool": (
+        Model(lambda m, x: F.avg_pool2d(m.conv(x), 2, divisor_override=1), conv=nn.Conv2d(3, 4, 3)),
+        (3, 8, 8),
+    ),
     "pieces": (Model(pieces, conv=nn.Conv2d(3, 6, 3)), (3, 8, 8)),
     "excite": (Model(excite, conv=nn.Conv2d(3, 4, 3), gate=nn.Conv2d(4, 4, 1)), (3, 8, 8)),
     "affine": (
