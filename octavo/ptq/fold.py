@@ -21,7 +21,7 @@ from octavo.nn import swap
 from octavo.nn.conv import QuantizedConv
 from octavo.nn.layer import QuantizedLayer
 from octavo.nn.linear import QuantizedLinear
-from octavo.nn.trace import Step, Trace, trace, trace_symbolically
+from octavo.nn.trace import Step, Trace, is_atom, trace, trace_symbolically
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -118,6 +118,9 @@ def _flow(model: nn.Module, example: Any, call: Call | None) -> Trace:
 def _sole_source(model: nn.Module, flow: Trace, name: str) -> Step:
     """The one run of the layer that feeds the module and nothing else."""
     module, runs = model.get_submodule(name), flow.runs(name)
+    if not is_atom(module):  # such as a BatchNorm and its activation in one
+        inside = " and ".join(child for child, _ in module.named_children())
+        raise _Stays(f"{_a(module)} holds other modules ({inside}) and does more than one thing")
     if len(runs) != 1:
         raise _Stays(f"it runs {len(runs)} times in a pass" if runs else "the example does not reach it")
     inputs = runs[0].inputs

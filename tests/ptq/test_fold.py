@@ -100,6 +100,17 @@ class Activated(nn.BatchNorm2d):
         return F.relu(super().forward(x))
 
 
+class Composed(nn.BatchNorm2d):
+    """The same with the activation as a module."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
 def test_classes_of_somebodys_own():
     x = torch.randn(2, 3, 5, 5)
     assert check(nn.Sequential(nn.Conv2d(3, 4, 3), Frozen(4)), x).pairs == [("0", "1")]
@@ -107,6 +118,8 @@ def test_classes_of_somebodys_own():
     assert "something else" in left["1"]
     left = check(trained(nn.Sequential(nn.Conv2d(3, 4, 3), Activated(4))), x).left
     assert "an Activated computes something else" in left["1"]
+    left = check(trained(nn.Sequential(nn.Conv2d(3, 4, 3), Composed(4))), x).left
+    assert left["1"] == "a Composed holds other modules (act) and does more than one thing"
 
 
 class Net(nn.Module):
