@@ -69,6 +69,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         metavar="FILE",
         nargs="+",
+        action="extend",
         default=[],
         help="take what was seen from files that --save-calibration wrote, several of them together",
     )

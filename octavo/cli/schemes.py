@@ -4,11 +4,14 @@ The names are repeated here in words, because help must not wait for torch; a te
 """
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
+    from octavo.core.cast import Cast
+    from octavo.core.formats import Format
     from octavo.core.schemes import Scheme
     from octavo.ptq.rules import Rule
 
@@ -48,7 +51,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--scheme",
         default=DEFAULT,
         metavar="NAME",
-        help=f"for all linear layers but the output head (default: {DEFAULT}); 'none' leaves it to --rule",
+        help=f"for all layers but embeddings and the output head (default: {DEFAULT}); 'none' leaves it to --rule",
     )
     group.add_argument(
         "--weights", metavar="FORMAT", help="another number format for the weights, see `octavo formats`"
@@ -94,7 +97,8 @@ def rules(arguments: argparse.Namespace) -> "list[Rule]":
 def changed(base: "Scheme", arguments: argparse.Namespace) -> "Scheme":
     """The scheme with another format or another group, as the flags say."""
     from octavo.core import schemes
-    from octavo.core.granularity import PerBlock, PerGroup
+    from octavo.core.cast import Cast
+    from octavo.core.granularity import PerBlock, PerToken
 
     given = _changes(arguments)
     if not given:
@@ -105,23 +109,25 @@ def changed(base: "Scheme", arguments: argparse.Namespace) -> "Scheme":
             "Leave it out, or begin with int8-dynamic or fp8-dynamic"
         )
 
-    def group(asked: int | None, cast: Any) -> int | None:
-        if asked is not None or cast is None or not isinstance(cast.granularity, PerGroup):
-            return asked
-        return int(cast.granularity.size)
-
-    weight = arguments.weights or base.weight.format
-    weight_group = group(arguments.weight_group, base.weight)
-    weight_only = arguments.inputs.lower() == NONE if arguments.inputs else base.input is None
-    if weight_only:
+    weight = _changed(base.weight, arguments.weights, arguments.weight_group)
+    if arguments.inputs.lower() == NONE if arguments.inputs else base.input is None:
         if arguments.input_group is not None:
             raise OctavoError(
                 "--input-group groups inputs in 8 bits, and here they stay in float. Name --inputs FORMAT"
             )
-        return schemes.weight_only(weight, weight_group)
+        return schemes.Scheme(weight)
     like_weights = base.input is None or base.input.format == base.weight.format
-    own = None if like_weights or base.input is None else base.input.format
-    return schemes.dynamic(weight, arguments.inputs or own, weight_group, group(arguments.input_group, base.input))
+    inputs = base.input or Cast(weight.format, PerToken())
+    named = arguments.inputs or (weight.format if like_weights else None)
+    return schemes.Scheme(weight, _changed(inputs, named, arguments.input_group))
+
+
+def _changed(how: "Cast", fmt: "Format | str | None", group: int | None) -> "Cast":
+    from octavo.core import formats
+    from octavo.core.granularity import PerGroup
+
+    granularity = how.granularity if group is None else PerGroup(group)
+    return replace(how, format=how.format if fmt is None else formats.get(fmt), granularity=granularity)
 
 
 def positive(text: str) -> int:

@@ -3,6 +3,7 @@
 This is how a network that no checkpoint format describes comes to the command line: a function that makes it, another
 that yields batches, a third that judges it. Modules are found as ``python -m`` finds them: in the current folder, then
 on ``sys.path``. Importing one runs it, so a name of this form is only ever taken from the user, never out of a file.
+What such code prints goes to stderr, because stdout is for results.
 """
 
 import difflib
@@ -13,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,7 +38,8 @@ def find(text: str) -> Any:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     importlib.invalidate_caches()
-    found = _module(module_name, text)
+    with redirect_stdout(sys.stderr):
+        found = _module(module_name, text)
     for name in path.split("."):
         if not hasattr(found, name):
             near = difflib.get_close_matches(name, dir(found), n=1)
@@ -124,7 +127,8 @@ def _call(text: str, found: Any, *arguments: Any) -> Any:
     if not callable(found):
         raise OctavoError(f"{text} is {_kind(found)}, not a function")
     try:
-        return found(*arguments)
+        with redirect_stdout(sys.stderr):
+            return found(*arguments)
     except OctavoError:
         raise
     except Exception as error:

@@ -121,6 +121,14 @@ def test_text_of_ones_own(place, octavo):
         (("--scheme", "int8-group64", "--input-group", "16"), schemes.dynamic("INT8", None, 64, 16)),
         (("--scheme", "int8-group64", "--inputs", "e3m4"), "e3m4-int8-group64"),
         (("--scheme", "e3m4-int8-group64", "--weight-group", "32"), schemes.dynamic("INT8", "E3M4", 32, 64)),
+        (("--scheme", "int8-static", "--weights", "e4m3fn"), "fp8-static"),
+        (
+            ("--scheme", "int8-static", "--inputs", "e3m4", "--weight-group", "32"),
+            schemes.static("INT8", "E3M4", weight_group=32),
+        ),
+        (("--scheme", "int8-static", "--inputs", "none"), "int8-weight-only"),
+        (("--scheme", "int8-affine-static", "--weights", "e4m3fn"), schemes.static("E4M3FN", "UINT8", affine=True)),
+        (("--scheme", "w8a16", "--inputs", "int8"), "int8-dynamic"),
     ],
 )
 def test_flags_make_schemes(place, octavo, flags, expected):
@@ -173,6 +181,7 @@ def test_force_replaces(place, octavo):
         (("llama", "--out", "x", "--inputs", "int88"), "no format is called 'int88'"),
         (("llama", "--out", "x", "--scheme", "fp8-block", "--inputs", "e5m2"), "does not go with --scheme fp8-block"),
         (("llama", "--out", "x", "--inputs", "none", "--input-group", "8"), "--input-group groups inputs"),
+        (("llama", "--out", "x", "--scheme", "int8-static", "--input-group", "8"), "a static input has one scale"),
         (("llama", "--out", "x", "--weights", "fp16"), "at most 8 bits"),
         (("llama", "--out", "x", "--weight-group", "0"), "--weight-group: must be a whole number"),
         (("llama", "--out", "x", "--windows", "some"), "--windows: must be a whole number"),
