@@ -9,6 +9,7 @@ easily: the sibling of a `resumable_folder` has a name that the next run finds a
 
 import difflib
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -87,7 +88,21 @@ def resumable_folder(out: str | os.PathLike[str], force: bool = False) -> Iterat
 def unfinished(out: str | os.PathLike[str]) -> Path:
     """Where `resumable_folder(out)` keeps what is not whole yet."""
     target = Path(os.path.realpath(out))
-    return target.parent / f".octavo-{target.name}.unfinished"
+    short = len(os.fsencode(target.name)) <= 200  # a file's name may have 255 bytes
+    name = target.name if short else hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]
+    return target.parent / f".octavo-{name}.unfinished"
+
+
+def check_room(out: str | os.PathLike[str], nbytes: int) -> None:
+    """Raise ``OctavoError`` if the disk has no room for a `resumable_folder` of that size."""
+    place = unfinished(out)
+    held = sum(file.stat().st_blocks * 512 for file in place.iterdir()) if place.is_dir() else 0
+    free = shutil.disk_usage(_existing(place.parent)).free
+    if nbytes > free + held:
+        raise OctavoError(
+            f"{out} will have {_bytes(nbytes)}, of which {_bytes(held)} are written, and the disk has {_bytes(free)} "
+            "free. Make room or choose another folder."
+        )
 
 
 def check_output(out: str | os.PathLike[str], force: bool = False) -> None:

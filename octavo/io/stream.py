@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from octavo.core.scaling import Constant, Current, scale_of_range
 from octavo.core.schemes import Scheme, describe
 from octavo.errors import OctavoError
 from octavo.io import checkpoint, compressed_tensors, huggingface, shards
-from octavo.io.folder import resumable_folder
+from octavo.io.folder import check_output, check_room, resumable_folder
 from octavo.io.lineage import Run, Stored, Traced, trace
 from octavo.io.shards import Arrangement, Shape
 from octavo.nn import swap
@@ -140,21 +141,28 @@ def run(
     layout = shards.arrange([unit.outputs for unit in made.units], made.told.file, shard)
     identity = _identity(made, layout)
     resumed = read = 0
+    check_output(out, force)
+    check_room(out, layout.nbytes)
     with resumable_folder(out, force) as unfinished, shards.writing(unfinished, layout, identity, force) as writer:
         checkpoint.write_description(made.source.model, made.told, unfinished, made.tokenizer)
         resumed = sum(unit.nbytes for unit in made.units[: writer.done])
         advance(resumed)
         ahead = [run for unit in made.units[writer.done :] for run in unit.runs]
-        with _Reader(ahead) as reader, _one_thread():
-            for unit in made.units[writer.done :]:
-                for name, piece in unit.pieces(reader):
-                    writer.append(name, piece)
+        try:
+            with _Reader(ahead) as reader, _one_thread():
+                for unit in made.units[writer.done :]:
+                    for name, piece in unit.pieces(reader):
+                        writer.append(name, piece)
+                        advance(reader.take_count())
+                    writer.finish_unit()
                     advance(reader.take_count())
-                writer.finish_unit()
-                advance(reader.take_count())
-                read += unit.nbytes
-        if _source_identity(made) != identity["source"]:
-            raise OctavoError(f"{made.source.folder} was changed while it was read; remove {unfinished} and begin anew")
+                    read += unit.nbytes
+            if _source_identity(made) != identity["source"]:
+                raise OctavoError(f"{made.source.folder} was changed while it was read: begin anew")
+        except OctavoError:  # the source will not do, however often it is read
+            writer.abandon()
+            shutil.rmtree(unfinished)
+            raise
     return Result(resumed, read, time.perf_counter() - started, list(layout.headers))
 
 
