@@ -225,3 +225,47 @@ def test_a_real_signal_in_the_middle_of_writing(tmp_path, number, code, times):
     process.stdout.close()
     assert time.monotonic() - start < 10
     assert snapshot(tmp_path) == before
+
+
+def test_what_is_resumable_stays_until_it_is_whole(tmp_path):
+    out = tmp_path / "a" / "out"
+    with pytest.raises(KeyboardInterrupt), folder.resumable_folder(out) as place:  # noqa: PT012
+        (place / "x").write_text("x")
+        raise KeyboardInterrupt
+    assert not out.exists()
+    assert snapshot(folder.unfinished(out)) == {"x": b"x"}
+    with folder.resumable_folder(out) as place:
+        assert snapshot(place) == {"x": b"x"}
+        (place / "y").write_text("y")
+    assert snapshot(out) == {"x": b"x", "y": b"y"}
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_what_is_resumable_replaces_with_force_only(tmp_path):
+    out = checkpoint(tmp_path / "out")
+    with pytest.raises(OctavoError, match="not empty"), folder.resumable_folder(out):
+        pytest.fail("not reached")
+    with folder.resumable_folder(out, force=True) as place:
+        (place / "x").write_text("new")
+        assert (out / "weights.txt").read_text() == "old"
+    assert snapshot(out) == {"x": b"new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_resumable_may_have_a_long_name(tmp_path):
+    for name in ("n" * 255, "é" * 127, "m" * 254):
+        with folder.resumable_folder(tmp_path / name) as place:
+            (place / "x").write_text("x")
+        assert snapshot(tmp_path / name) == {"x": b"x"}
+    assert folder.unfinished(tmp_path / ("n" * 255)) != folder.unfinished(tmp_path / ("m" * 255))
+
+
+def test_room_counts_what_is_written(tmp_path, monkeypatch):
+    out = tmp_path / "a" / "out"
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: folder.shutil._ntuple_diskusage(10**7, 10**7, 10**6))
+    folder.check_room(out, 10**6)
+    with pytest.raises(OctavoError, match=r"will have 1\.5 MB, of which 0 bytes are written, and the disk has 1 MB"):
+        folder.check_room(out, 1_500_000)
+    folder.unfinished(out).mkdir(parents=True)
+    (folder.unfinished(out) / "x").write_bytes(b"x" * 600_000)
+    folder.check_room(out, 1_500_000)
