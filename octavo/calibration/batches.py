@@ -25,7 +25,7 @@ def enter(model: nn.Module, batch: Any, call: Call | None = None) -> Any:
     batch = _to(batch, _device(model))
     if call is not None:
         return call(model, batch)
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = _parameters(model)
     if isinstance(batch, Mapping):
         names = {p.name for p in parameters}
         unknown = [key for key in batch if key not in names]
@@ -65,6 +65,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """The model without ``torch.compile`` for a while: compiled code may pass over hooks that came later."""
+    if not any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """What ``forward`` takes; of a wrapper that passes on all it gets (DataParallel, torch.compile), what is within."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    within = getattr(model, "_orig_mod", getattr(model, "module", None))
+    passes_on = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return _parameters(within) if passes_on and isinstance(within, nn.Module) else parameters
 
 
 def _device(model: nn.Module) -> torch.device:

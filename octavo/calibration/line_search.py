@@ -42,15 +42,19 @@ class LineSearch(HistogramObserver):
         if self.mode not in get_args(Mode):
             raise OctavoError(f"the modes of the line search are {', '.join(get_args(Mode))}, not {self.mode!r}")
 
-    def settle(self, how: Cast) -> Cast:
-        """The Cast with the format that most ranges are best served by; all-zero ones do not vote."""
-        if self.mode != "fully-flexible" or how.format.bits < 3:  # two bits hold no mantissa
-            return how
-        if isinstance(how.format, IntegerFormat):
+    def check(self, how: Cast) -> None:
+        """The fully flexible mode chooses among floats."""
+        if self.mode == "fully-flexible" and isinstance(how.format, IntegerFormat):
             raise OctavoError(
                 f"the fully flexible line search chooses among floats, but {how.format.name} is an integer format; "
                 "start from a float format such as E4M3, or keep it: LineSearch('flexible-bias')"
             )
+
+    def settle(self, how: Cast) -> Cast:
+        """The Cast with the format that most ranges are best served by; all-zero ones do not vote."""
+        self.check(how)
+        if self.mode != "fully-flexible" or how.format.bits < 3:  # two bits hold no mantissa
+            return how
         self._check_seen(how)
         family = [replace(how, format=fmt) for fmt in splits(how.format.bits)]
         votes = torch.zeros(len(family), dtype=torch.int64)

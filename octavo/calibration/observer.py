@@ -124,6 +124,9 @@ class Observer(ABC):
         low, high = self._range(how)
         return low.float().reshape(self._shape), high.float().reshape(self._shape)
 
+    def check(self, how: Cast) -> None:  # noqa: B027 - most suit any Cast
+        """Raise ``OctavoError``, before anything is seen, if there is nothing here for ``how`` to settle for."""
+
     def settle(self, how: Cast) -> Cast:
         """The Cast to use: ``how``, or one of another format if this observer looks for the best."""
         return how

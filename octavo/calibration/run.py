@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.calibration.batches import Call, Track, enter, evaluating, several
+from octavo.calibration.batches import Call, Track, eagerly, enter, evaluating, several
 from octavo.calibration.observer import Observer, from_settings
 from octavo.errors import OctavoError
 
@@ -57,7 +57,7 @@ class Calibration:
         handles = [modules[n].register_forward_pre_hook(watch.hook(n), with_kwargs=True) for n in self.observers]
         before = self.batches
         try:
-            with evaluating(model), torch.no_grad():
+            with evaluating(model), eagerly(model), torch.no_grad():
                 for batch in track(batches, "calibrating") if track else batches:
                     watch.begin()
                     enter(model, batch, call)
@@ -148,7 +148,7 @@ class _Watch:
     def begin(self) -> None:
         """Forget the batch before, if it did not come to its end."""
         self.seen: list[tuple[str, Observer]] = []
-        self.last: tuple[Tensor, int, Observer] | None = None
+        self.last: tuple[Tensor, int | None, Observer] | None = None
 
     def commit(self) -> None:
         """Add what this batch has shown."""
@@ -163,7 +163,8 @@ class _Watch:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             if x is None:
                 raise OctavoError(f"layer {name} was called without a tensor")
-            if self.last is not None and self.last[0] is x and self.last[1] == x._version:
+            version = None if x.is_inference() else x._version  # those of inference mode do not tell what changes them
+            if self.last is not None and version is not None and self.last[0] is x and self.last[1] == version:
                 part = self.last[2]
                 if part.settings() == like.settings():
                     self.seen.append((name, part))
@@ -173,7 +174,7 @@ class _Watch:
                 part.update(x)
             except OctavoError as error:
                 raise OctavoError(f"the input of layer {name}: {error}") from error
-            self.last = (x, x._version, part)
+            self.last = (x, version, part)
             self.seen.append((name, part))
 
         return look

@@ -110,16 +110,20 @@ def quantize_(
     to show progress.
 
     Raises ``OctavoError`` before anything is changed if a rule or scheme matches nothing, nothing is left to quantize,
-    calibration fails or is missing, or a weight is on the meta device or holds NaN or Inf.
+    calibration fails or is missing, an observer does not suit a scheme, or a weight is on the meta device or holds NaN,
+    Inf or what float32 cannot hold.
     """
     started = time.perf_counter()
     verdict = check(model, rules)
+    if weight_observer is not None:
+        _check_observer(weight_observer, {x.name: s.weight for x, s in verdict.items() if isinstance(s, Scheme)})
     calibration = _calibration(model, verdict, data, observer, track)
     if calibration is not None and calibration.unreached:
         _uncalibrated(verdict, calibration, allow_uncalibrated)
     chosen = [(layer, scheme) for layer, scheme in verdict.items() if isinstance(scheme, Scheme)]
     before = model_bytes(model)
     reports = {x.name: LayerReport(x.name, x.kind, None, str(verdict[x]), x.nbytes, x.nbytes) for x in verdict}
+    inputs = {layer.name: _input_scales(layer, scheme, calibration) for layer, scheme in chosen}
     notes = _notes(verdict)
     if data is not None and calibration is None:
         notes.append("the data was not used: no layer has a static input scale")
@@ -134,9 +138,8 @@ def quantize_(
     del verdict, chosen  # from here on only the queue keeps float weights alive, each until its turn
     for _ in track(names, "quantizing") if track else names:
         layer, scheme = queue.popleft()
-        seen = calibration.observers[layer.name] if calibration is not None and scheme.static else None
+        scheme, scales = inputs.pop(layer.name)
         scheme, weight = _quantize_weight(layer, scheme, weight_observer, stacked.get(layer.name))
-        scheme, scales = _input_scales(scheme, seen, weight.dtype)
         if owners[id(layer.owner)] > 1:  # one weight under several layers stays one weight
             _, weight = shared.setdefault((id(layer.owner), scheme.weight), (layer, weight))
         new = layer.eight_bit.replacing(layer.module, weight, scheme, **scales)
@@ -200,20 +203,35 @@ def _check(layer: Layer, scheme: Scheme) -> None:
     for name, tensor in (("weight", layer.weight), ("bias", getattr(layer.module, "bias", None))):
         if tensor is None or tensor.numel() == 0:
             continue
-        if not all(edge.isfinite() for edge in torch.aminmax(tensor.detach())):  # one pass; NaN wins both
-            bad = int((~tensor.isfinite()).sum())
+        if not all(edge.float().isfinite() for edge in torch.aminmax(tensor.detach())):  # one pass; NaN wins both
+            bad = int((~tensor.float().isfinite()).sum())
+            beyond = " or numbers beyond float32" if tensor.dtype == torch.float64 else ""
             raise OctavoError(
-                f"{layer.name}.{name} holds {bad} NaN or Inf among its {tensor.numel()} values: the checkpoint is "
-                f"damaged; mend it, or leave the layer alone with a rule for {layer.name!r}"
+                f"{layer.name}.{name} holds {bad} NaN or Inf{beyond} among its {tensor.numel()} values: the checkpoint "
+                f"is damaged; mend it, or leave the layer alone with a rule for {layer.name!r}"
             )
 
 
 def _observers(verdict: Mapping[Layer, Scheme | str], like: Observer) -> dict[str, Observer]:
-    return {
-        layer.name: like.fresh(scheme.input.granularity)
+    casts = {
+        layer.name: scheme.input
         for layer, scheme in verdict.items()
         if isinstance(scheme, Scheme) and scheme.static and scheme.input is not None
     }
+    _check_observer(like, casts)
+    return {name: like.fresh(how.granularity) for name, how in casts.items()}
+
+
+def _check_observer(observer: Observer, casts: Mapping[str, Cast]) -> None:
+    """Raise ``OctavoError`` unless the observer suits all that it is to find ranges for, by layer."""
+    if not isinstance(observer, Observer):
+        raise OctavoError(f"an observer is octavo.calibration.MinMax(), .Percentile(99.99), …, not {observer!r}")
+    for name, how in casts.items():
+        try:
+            if not isinstance(how.scale, Constant):
+                observer.check(how)
+        except OctavoError as error:
+            raise OctavoError(f"{name}: {error}") from error
 
 
 def _calibration(
@@ -246,7 +264,8 @@ def _uncalibrated(verdict: dict[Layer, Scheme | str], calibration: Calibration, 
     if lost and not allowed:
         raise OctavoError(
             f"{len(lost)} layers saw no calibration data: {', '.join(x.name for x in lost[:5])}. Pass data that "
-            "reaches them, leave them out by a rule, or allow_uncalibrated=True to leave them in float"
+            "reaches them; if the model reads their weights without calling them, none does. Leave them out by a rule, "
+            "or allow_uncalibrated=True to leave them in float"
         )
     for layer in lost:
         verdict[layer] = "saw no calibration data"
@@ -273,14 +292,17 @@ def _quantize_weight(
     return replace(scheme, weight=how), quantize_scaled(matrix, how, scale, zero_point)
 
 
-def _input_scales(scheme: Scheme, seen: Observer | None, storage: torch.dtype) -> tuple[Scheme, dict[str, Any]]:
+def _input_scales(layer: Layer, scheme: Scheme, calibration: Calibration | None) -> tuple[Scheme, dict[str, Any]]:
     """The calibrated scale of the layer's input, and the scheme with the format the observer settled for."""
-    if seen is None or scheme.input is None:
+    if calibration is None or scheme.input is None or not scheme.static:
         return scheme, {}
-    scheme = replace(scheme, input=seen.settle(scheme.input))
-    assert scheme.input is not None
-    scale, zero_point = seen.scale(scheme.input, storage)
-    return scheme, {"input_scale": scale, "input_zero_point": zero_point}
+    seen = calibration.observers[layer.name]
+    try:
+        how = seen.settle(scheme.input)
+        scale, zero_point = seen.scale(how, layer.weight.dtype)
+    except OctavoError as error:
+        raise OctavoError(f"the input of layer {layer.name}: {error}") from error
+    return replace(scheme, input=how), {"input_scale": scale, "input_zero_point": zero_point}
 
 
 def _notes(verdict: Mapping[Layer, Scheme | str]) -> list[str]:

@@ -47,6 +47,13 @@ def test_tensors_open_signatures_and_own_calls():
     assert enter(Sum(), "7", lambda model, batch: model(int(batch), 0)) == 7
 
 
+def test_wrappers_take_what_is_within():
+    for wrapper in (nn.DataParallel(Sum()), torch.compile(Sum(), backend="eager")):
+        assert enter(wrapper, (ONE, 2 * ONE, "label")) == 21
+        with pytest.raises(OctavoError, match="has labels, which"):
+            enter(wrapper, {"a": ONE, "labels": ONE})
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [

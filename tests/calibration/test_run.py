@@ -143,6 +143,14 @@ def test_layers_that_share_their_input_share_a_look():
     assert float(calibration.observers["o"]._high) == 2 * float(calibration.observers["k"]._high)
 
 
+def test_tensors_of_inference_mode():
+    with torch.inference_mode():
+        batches = [torch.randn(2, 6) for _ in range(3)]
+        inside = watch().run(net(), batches)
+    assert same(inside, watch().run(net(), [x.clone() for x in batches]))
+    assert same(inside, watch().run(net(), batches))
+
+
 def test_unknown_layers_and_different_calibrations():
     with pytest.raises(OctavoError, match="Sequential has no layer 7"):
         Calibration({"7": MinMax()}).run(net(), [torch.ones(1, 6)])

@@ -10,6 +10,8 @@ from torch import nn
 
 import octavo as ov
 from octavo import Cast, OctavoError, PerChannel, PerGroup, PerToken, Rule, Scheme
+from octavo.calibration.line_search import LineSearch
+from octavo.calibration.mse import MSE
 from octavo.core import schemes
 from octavo.core.cast import quantize_unchecked
 from octavo.nn.linear import QuantizedLinear
@@ -225,6 +227,20 @@ def test_not_a_number(part, value):
     unchanged(model, "int8-dynamic", rf"blocks.1.{part} holds 1 NaN or Inf among")
     ov.quantize_(model, {"blocks.1": None, "*": "int8-dynamic"})
     assert isinstance(model.first, QuantizedLinear)
+
+
+@pytest.mark.parametrize("observer", [None, MSE()])
+def test_beyond_float32(observer):
+    model = models.Plain().double()
+    with torch.no_grad():
+        model.blocks[1].weight[0, 3] = 1e300
+    unchanged(model, "int8-dynamic", "blocks.1.weight holds 1 NaN or Inf or numbers beyond", weight_observer=observer)
+
+
+def test_nothing_changes_when_an_observer_does_not_suit_a_late_layer():
+    rules = [Rule("fp8-dynamic", "first"), Rule("int8-dynamic", "blocks.1")]
+    unchanged(models.Plain(), rules, "blocks.1: the fully flexible line search", weight_observer=LineSearch())
+    unchanged(models.Plain(), rules, r"an observer is .*MinMax\(\)", weight_observer="mse")
 
 
 def test_meta():

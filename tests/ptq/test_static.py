@@ -8,6 +8,7 @@ from torch import nn
 
 import octavo as ov
 from octavo import Cast, OctavoError, PerChannel, PerTensor, Rule, Scheme
+from octavo.calibration.line_search import LineSearch
 from octavo.calibration.minmax import MinMax
 from octavo.calibration.percentile import Percentile
 from octavo.core import schemes
@@ -109,6 +110,46 @@ def test_data_is_needed():
     assert "the data was not used: no layer has a static input scale" in summary.notes
     with pytest.raises(OctavoError, match="nothing to calibrate"):
         ov.calibrate(nn.Sequential(nn.Linear(4, 4)), "int8-dynamic", [torch.ones(2, 4)])
+
+
+@pytest.mark.parametrize(
+    ("observer", "message"),
+    [
+        (LineSearch(), "1: the fully flexible line search chooses among floats"),
+        (MinMax, r"an observer is .*MinMax\(\)"),
+        ("mse", "not 'mse'"),
+    ],
+)
+def test_an_observer_that_does_not_suit(observer, message):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    rules = [Rule("fp8-static", "0"), Rule("int8-static", "1")]
+    with pytest.raises(OctavoError, match=message):
+        ov.quantize_(model, rules, [torch.ones(2, 8)], observer=observer)
+    assert not any(isinstance(m, QuantizedLayer) for m in model.modules())
+
+
+def test_a_calibration_that_does_not_suit_changes_nothing():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    calibration = ov.Calibration({"0": MinMax(), "1": MinMax(granularity=PerChannel(-1))})
+    calibration.run(model, [torch.ones(2, 8)])
+    with pytest.raises(OctavoError, match=r"the input of layer 1: .* has no ranges for PerTensor"):
+        ov.quantize_(model, "int8-static", calibration)
+    assert not any(isinstance(m, QuantizedLayer) for m in model.modules())
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["torch.compile", "Module.compile of a part"])
+def test_a_model_that_ran_compiled_before(whole):
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 8)))
+    model = torch.compile(plain, backend="eager") if whole else plain
+    if not whole:
+        plain[1].compile(backend="eager")
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        before = model.eval()(x)
+        summary = ov.quantize_(model, "int8-static", [x])
+        assert len(summary.quantized) == 2
+        assert not model(x).equal(before)
+        assert ov.sqnr(before, model(x)) > 25
 
 
 def test_a_layer_that_saw_no_data():
