@@ -81,7 +81,10 @@ def arguments(model: nn.Module, batch: Any, call: Call | None = None) -> tuple[d
     caught: list[dict[str, Any]] = []
 
     def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = inspect.signature(module.forward).bind(*args, **kwargs)
+        try:
+            given = inspect.signature(module.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise OctavoError(f"the batch does not fit {type(model).__name__}.forward: {error}") from error
         found: dict[str, Any] = {}
         for name, value in given.arguments.items():
             kind = given.signature.parameters[name].kind

@@ -21,6 +21,7 @@ from octavo.core.scaling import Static
 from octavo.errors import OctavoError
 from octavo.nn.integer.encoding import Encoding
 from octavo.nn.integer.model import IntegerModel
+from octavo.nn.layer import QuantizedLayer
 from octavo.ptq.export import arguments, export, where
 from octavo.ptq.lowering import Plan, encoding_of
 
@@ -49,6 +50,9 @@ def integer_only(
     that int32 may not hold, for NaN or Inf in the data or the weights, and for no data.
     """
     _check_casts(activation, weight)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            raise OctavoError(f"{name} is in 8 bits already; integer_only takes the float model (see dequantize_)")
     observer = MinMax() if observer is None else observer
     plan: Plan | None = None
     shown = several(batches)

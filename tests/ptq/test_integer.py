@@ -16,6 +16,7 @@ from octavo.errors import OctavoError
 from octavo.io.integer import load_integer, save_integer
 from octavo.nn.integer.elementwise import Clamp, Lookup
 from octavo.ptq.integer import integer_only
+from octavo.ptq.quantize import quantize_
 from tests.nn.test_integer import NoFloats
 
 
@@ -510,3 +511,15 @@ def test_damaged_folders(tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(OctavoError):
         load_integer(tmp_path / "model")
+
+
+def test_models_in_8_bits_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    quantize_(model, {"0": "int8-dynamic"})
+    with pytest.raises(OctavoError, match="0 is in 8 bits already"):
+        integer_only(model, [torch.randn(2, 4)])
+
+
+def test_batches_that_do_not_fit_the_forward_are_refused():
+    with pytest.raises(OctavoError, match=r"does not fit Bilinear.forward: .*'input2'"):
+        integer_only(nn.Bilinear(4, 4, 2), [{"input1": torch.randn(2, 4)}])
