@@ -54,7 +54,7 @@ class Layer:
     @property
     def owner(self) -> nn.Module | Tensor:
         """What layers that share their weight have in common: its parameter, or the module that computes it."""
-        stored = self.module._parameters.get("weight")
+        stored = dict(self.module.named_parameters(recurse=False)).get("weight")
         return self.module if stored is None else stored
 
     @property

@@ -74,6 +74,8 @@ def export(
 
 def arguments(model: nn.Module, batch: Any, call: Call | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The arguments with which a batch enters the model, by name: tensors, and others. The model does not run."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise OctavoError("the model is scripted, which torch.export cannot follow; pass the module it was made from")
 
     class Entered(Exception):
         pass

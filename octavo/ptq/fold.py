@@ -118,6 +118,8 @@ def _flow(model: nn.Module, example: Any, call: Call | None) -> Trace:
 def _sole_source(model: nn.Module, flow: Trace, name: str) -> Step:
     """The one run of the layer that feeds the module and nothing else."""
     module, runs = model.get_submodule(name), flow.runs(name)
+    if isinstance(module, torch.jit.ScriptModule):
+        raise _Stays("it is scripted; fold first, then torch.jit.script")
     if not is_atom(module):  # such as a BatchNorm and its activation in one
         inside = " and ".join(child for child, _ in module.named_children())
         raise _Stays(f"{_a(module)} holds other modules ({inside}) and does more than one thing")

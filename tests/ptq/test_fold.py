@@ -328,3 +328,13 @@ def test_batch_norms_behind_8_bit_layers_stay():
     assert isinstance(model[1], QuantizedLinear)
     fused = fold_batch_norms_(model, images())
     assert "fold first, then quantize" in fused.left["2"] and fused.pairs == [("4", "5")]
+
+
+def test_scripted_parts_stay():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())
+    model = nn.Sequential(scripted, nn.Conv2d(4, 4, 1)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert "it is scripted" in fold_batch_norms_(model, x).left["0.1"]
+    summary = ov.quantize_(model, "int8-static", [x])
+    assert [layer.name for layer in summary.quantized] == ["1"]
+    assert model(x).shape == (2, 4, 6, 6)
