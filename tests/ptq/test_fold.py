@@ -330,6 +330,7 @@ def test_batch_norms_behind_8_bit_layers_stay():
     assert "fold first, then quantize" in fused.left["2"] and fused.pairs == [("4", "5")]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_scripted_parts_stay():
     scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())
     model = nn.Sequential(scripted, nn.Conv2d(4, 4, 1)).eval()
