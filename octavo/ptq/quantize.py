@@ -265,7 +265,7 @@ def _uncalibrated(verdict: dict[Layer, Scheme | str], calibration: Calibration, 
         raise OctavoError(
             f"{len(lost)} layers saw no calibration data: {', '.join(x.name for x in lost[:5])}. Pass data that "
             "reaches them; if the model reads their weights without calling them, none does. Leave them out by a rule, "
-            "or allow_uncalibrated=True to leave them in float"
+            "or in float by allow_uncalibrated=True (--allow-uncalibrated)"
         )
     for layer in lost:
         verdict[layer] = "saw no calibration data"
