@@ -11,10 +11,14 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STRIP = 1 << 23  # bytes of a weight that are quantized at a time
+MOST_THREADS = 4  # more are faster than any disk
 AHEAD = 1 << 27  # bytes that the system is asked to have read by the time they are wanted
 SHARD = 5_000_000_000  # bytes of tensors in a file, as ``checkpoint.save`` has it
 #: Tells of bytes that have been read; those of an earlier run at once.
@@ -147,16 +152,19 @@ def run(
         checkpoint.write_description(made.source.model, made.told, unfinished, made.tokenizer)
         resumed = sum(unit.nbytes for unit in made.units[: writer.done])
         advance(resumed)
-        ahead = [run for unit in made.units[writer.done :] for run in unit.runs]
+        left = made.units[writer.done :]
         try:
-            with _Reader(ahead) as reader, _one_thread():
-                for unit in made.units[writer.done :]:
-                    for name, piece in unit.pieces(reader):
+            with (
+                _Reader([run for unit in left for run in unit.runs]) as reader,
+                closing(_done_in_order(strip for unit in left for strip in unit.strips(reader))) as done,
+            ):
+                for strip, pieces in done:
+                    for name, piece in pieces:
                         writer.append(name, piece)
-                        advance(reader.take_count())
-                    writer.finish_unit()
-                    advance(reader.take_count())
-                    read += unit.nbytes
+                    if strip.last:
+                        writer.finish_unit()
+                    advance(strip.nbytes)
+                    read += strip.nbytes
             if _source_identity(made) != identity["source"]:
                 raise OctavoError(f"{made.source.folder} was changed while it was read: begin anew")
         except OctavoError:  # the source will not do, however often it is read
@@ -166,24 +174,49 @@ def run(
     return Result(resumed, read, time.perf_counter() - started, list(layout.headers))
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread quantizes several times as fast as disks write; more of them would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+#: Rows of outputs, each output's in order.
+_Pieces = list[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """What can be done at a time: bytes to read, what to do, and whether the unit is complete with it."""
+
+    nbytes: int
+    work: Callable[[], _Pieces]
+    last: bool
+
+
+def _done_in_order(strips: Iterable[_Strip]) -> Generator[tuple[_Strip, _Pieces], None, None]:
+    """The strips with what came of them, a few of them done at the same time.
+
+    By several threads of one each: they never wait for each other, as those that share one strip do.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(min(threads, MOST_THREADS), initializer=torch.set_num_threads, initargs=(1,))
+    waiting: deque[tuple[_Strip, Future[_Pieces]]] = deque()
     try:
-        yield
+        for strip in strips:
+            waiting.append((strip, pool.submit(strip.work)))
+            if len(waiting) > MOST_THREADS:
+                first, pieces = waiting.popleft()
+                yield first, pieces.result()
+        while waiting:
+            first, pieces = waiting.popleft()
+            yield first, pieces.result()
     finally:
-        torch.set_num_threads(before)
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what a thread sets for itself is what threads to come begin with
 
 
 class _Reader:
-    """Bytes of files, read from where they lie; tells the system beforehand what comes next."""
+    """Bytes of files, read by several threads from where they lie; tells the system beforehand what comes next."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._coming = list(reversed(runs))
-        self._asked = self._used = self._count = 0
+        self._asked = self._used = 0
         self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "_Reader":
         return self
@@ -192,13 +225,8 @@ class _Reader:
         for descriptor in self._open.values():
             os.close(descriptor)
 
-    def take_count(self) -> int:
-        """How many bytes were read since this was last asked."""
-        count, self._count = self._count, 0
-        return count
-
     def read(self, stored: Stored, begin: int, end: int, again: bool = False) -> Tensor:
-        """The bytes from ``begin`` to ``end`` as uint8; those that will be read ``again`` do not count yet."""
+        """The bytes from ``begin`` to ``end`` as uint8; those that will be read ``again`` come once more."""
         out = torch.empty(end - begin, dtype=torch.uint8)
         view, filled, passed = out.numpy().data, 0, 0
         for run in stored.runs:
@@ -208,14 +236,14 @@ class _Reader:
                 filled += last - first
             passed += run.nbytes
         if not again:
-            self._count += len(out)
-            self._used += len(out)
-            self._ask()
+            self._ask(len(out))
         return out
 
     def _read_into(self, view: memoryview, file: Path, offset: int) -> None:
+        with self._lock:
+            descriptor = self._descriptor(file)
         while view:
-            count = os.preadv(self._descriptor(file), [view], offset)
+            count = os.preadv(descriptor, [view], offset)
             if not count:
                 raise OctavoError(f"{file} was cut off while it was read")
             view, offset = view[count:], offset + count
@@ -228,14 +256,18 @@ class _Reader:
                 raise OctavoError(f"{file} cannot be read ({error.strerror})") from None
         return self._open[file]
 
-    def _ask(self) -> None:
-        while self._coming and self._asked < self._used + AHEAD and hasattr(os, "posix_fadvise"):
-            run = self._coming.pop()
-            part = min(run.nbytes, AHEAD)
-            if part < run.nbytes:
-                self._coming.append(Run(run.file, run.offset + part, run.nbytes - part))
-            os.posix_fadvise(self._descriptor(run.file), run.offset, part, os.POSIX_FADV_WILLNEED)
-            self._asked += part
+    def _ask(self, used: int) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with self._lock:
+            self._used += used
+            while self._coming and self._asked < self._used + AHEAD:
+                run = self._coming.pop()
+                part = min(run.nbytes, AHEAD)
+                if part < run.nbytes:
+                    self._coming.append(Run(run.file, run.offset + part, run.nbytes - part))
+                os.posix_fadvise(self._descriptor(run.file), run.offset, part, os.POSIX_FADV_WILLNEED)
+                self._asked += part
 
 
 @dataclass(frozen=True)
@@ -250,8 +282,8 @@ class _Unit:
         """Bytes to read."""
         return sum(run.nbytes for run in self.runs)
 
-    def pieces(self, reader: _Reader) -> Iterator[tuple[str, Tensor]]:
-        """Rows of the outputs, each output's in order."""
+    def strips(self, reader: _Reader) -> Iterator[_Strip]:
+        """What is to be done, at least one."""
         raise NotImplementedError
 
 
@@ -262,15 +294,19 @@ class _Kept(_Unit):
     stored: Stored
     layer: str | None
 
-    def pieces(self, reader: _Reader) -> Iterator[tuple[str, Tensor]]:
-        """The tensor in strips."""
+    def strips(self, reader: _Reader) -> Iterator[_Strip]:
+        """The tensor, so many bytes at a time."""
+        size = self.stored.nbytes
+        for begin in range(0, max(size, 1), STRIP):
+            end = min(begin + STRIP, size)
+            yield _Strip(end - begin, partial(self._copy, reader, begin, end), end == size)
+
+    def _copy(self, reader: _Reader, begin: int, end: int) -> _Pieces:
         ((name, (dtype, _)),) = self.outputs.items()
-        for begin in range(0, self.stored.nbytes, STRIP):
-            part = reader.read(self.stored, begin, min(begin + STRIP, self.stored.nbytes)).view(self.stored.dtype)
-            part = part.to(dtype)
-            if self.layer is not None and not bool(part.isfinite().all()):
-                raise _not_finite(self.layer, "bias")
-            yield name, part
+        part = reader.read(self.stored, begin, end).view(self.stored.dtype).to(dtype)
+        if self.layer is not None and not bool(part.isfinite().all()):
+            raise _not_finite(self.layer, "bias")
+        return [(name, part)]
 
 
 @dataclass(frozen=True)
@@ -286,34 +322,34 @@ class _Eight(_Unit):
     own: Mapping[str, Stored]
     stack: "tuple[_Rows, ...]"
 
-    def pieces(self, reader: _Reader) -> Iterator[tuple[str, Tensor]]:
-        """Codes and scales, a strip of rows after the other."""
-        reached = dict.fromkeys(self.outputs, 0)
-        for part in self._quantized(reader):
-            if not bool(part.scale.isfinite().all()):
-                raise _not_finite(self.layer.name, "weight")
-            for name, tensor in self._named(part):
-                dtype, shape = self.outputs[name]
-                if reached[name] < torch.Size(shape).numel():  # a scale for all rows comes with every strip
-                    reached[name] += tensor.numel()
-                    yield name, tensor.to(dtype)
-
-    def _quantized(self, reader: _Reader) -> Iterator[QTensor]:
+    def strips(self, reader: _Reader) -> Iterator[_Strip]:
+        """The weight, so many rows at a time, or whole where it does not lie in rows."""
         rows, how = _Rows.of(self.layer, self.own), self.scheme.weight
         if rows is None:
-            matrix = _whole(self.layer, self.own, reader)
-            yield quantize_unchecked(matrix, how, matrix.dtype)
+            yield _Strip(self.nbytes, lambda: self._named(self._quantized_whole(reader), True), True)
             return
         block = how.granularity.block(rows.shape)
         step = max(STRIP // max(rows.row_bytes, 1) // block[0], 1) * block[0]
         alone = block[0] < rows.shape[0] or step >= rows.shape[0] or isinstance(how.scale, Constant)
         if alone and not self.stack:
-            for part in rows.strips(reader, step):
-                yield quantize_unchecked(part, how, rows.dtype)
-            return
-        scale, zero_point = self._shared_scale(rows, reader)
-        for part in rows.strips(reader, max(STRIP // rows.row_bytes, 1)):
-            yield quantize_scaled(part, how, scale, zero_point)
+            cast = partial(quantize_unchecked, how=how, storage=rows.dtype)
+        else:
+            step = max(STRIP // rows.row_bytes, 1)
+            scale, zero_point = self._shared_scale(rows, reader)
+            cast = partial(quantize_scaled, how=how, scale=scale, zero_point=zero_point)
+        for first in range(0, rows.shape[0], step):
+            last = min(first + step, rows.shape[0])
+            work = partial(self._quantized_rows, reader, rows, first, last, cast)
+            yield _Strip((last - first) * rows.row_bytes, work, last == rows.shape[0])
+
+    def _quantized_rows(
+        self, reader: _Reader, rows: "_Rows", first: int, last: int, cast: Callable[[Tensor], QTensor]
+    ) -> _Pieces:
+        return self._named(cast(rows.read(reader, first, last)), first == 0)
+
+    def _quantized_whole(self, reader: _Reader) -> QTensor:
+        matrix = _whole(self.layer, self.own, reader)
+        return quantize_unchecked(matrix, self.scheme.weight, matrix.dtype)
 
     def _shared_scale(self, rows: "_Rows", reader: _Reader) -> tuple[Tensor, Tensor | None]:
         """The scale of blocks that reach over all rows, for which everything is read once more."""
@@ -321,31 +357,36 @@ class _Eight(_Unit):
         if self.stack:
             watcher = MinMax().fresh(PerTensor())
             for member in self.stack:
-                for part in member.strips(reader, max(STRIP // member.row_bytes, 1), again=True):
+                for part in member.parts(reader):
                     watcher.update(part)
             return watcher.scale(how, rows.dtype)
         assert isinstance(how.scale, Current)
         low = high = torch.zeros(())
-        for at, part in enumerate(rows.strips(reader, max(STRIP // rows.row_bytes, 1), again=True)):
+        for at, part in enumerate(rows.parts(reader)):
             least, most = reduce_blocks(part, how.granularity.block(tuple(part.shape)))
             low, high = (torch.minimum(low, least), torch.maximum(high, most)) if at else (least, most)
         work = torch.float64 if rows.dtype == torch.float64 else torch.float32
         return scale_of_range(low.to(work), high.to(work), how.format, how.affine, how.scale.power_of_two, rows.dtype)
 
-    def _named(self, part: QTensor) -> Iterator[tuple[str, Tensor]]:
+    def _named(self, part: QTensor, first: bool) -> _Pieces:
         """The strip's tensors under the names of the layout, and of the layer, which may have several."""
+        if not bool(part.scale.isfinite().all()):
+            raise _not_finite(self.layer.name, "weight")
+        found: dict[str, Tensor | None] = {}
         for name in self.layer.names:
             if self.layout == "octavo":
-                found = {
-                    f"{name}.codes": part.codes,
-                    f"{name}.scale": part.scale,
-                    f"{name}.zero_point": part.zero_point,
-                }
+                found |= {f"{name}.codes": part.codes, f"{name}.scale": part.scale}
+                found[f"{name}.zero_point"] = part.zero_point
             else:
-                found = dict(compressed_tensors.tensors(name, QuantizedLinear(part, None, self.scheme)))
+                found |= compressed_tensors.tensors(name, QuantizedLinear(part, None, self.scheme))
                 if f"{name}.weight_shape" in found:
                     found[f"{name}.weight_shape"] = torch.tensor(self.layer.matrix.shape)
-            yield from ((name, tensor) for name, tensor in found.items() if tensor is not None)
+        # what has its whole shape, such as a scale for all rows, comes with every strip
+        return [
+            (name, tensor.to(self.outputs[name][0]))
+            for name, tensor in found.items()
+            if tensor is not None and (first or tuple(tensor.shape) != self.outputs[name][1])
+        ]
 
 
 @dataclass(frozen=True)
@@ -371,12 +412,16 @@ class _Rows:
         """Bytes of a row in the files."""
         return self.shape[1] * self.stored.dtype.itemsize
 
-    def strips(self, reader: _Reader, rows: int, again: bool = False) -> Iterator[Tensor]:
-        """The matrix, so many rows at a time."""
-        for first in range(0, self.shape[0], rows):
-            begin, end = first * self.row_bytes, min(first + rows, self.shape[0]) * self.row_bytes
-            part = reader.read(self.stored, begin, end, again).view(self.stored.dtype)
-            yield part.view(-1, self.shape[1]).to(self.dtype)
+    def read(self, reader: _Reader, first: int, last: int, again: bool = False) -> Tensor:
+        """Some rows, in the model's dtype."""
+        part = reader.read(self.stored, first * self.row_bytes, last * self.row_bytes, again)
+        return part.view(self.stored.dtype).view(-1, self.shape[1]).to(self.dtype)
+
+    def parts(self, reader: _Reader) -> Iterator[Tensor]:
+        """All rows, which will be read again."""
+        step = max(STRIP // self.row_bytes, 1)
+        for first in range(0, self.shape[0], step):
+            yield self.read(reader, first, min(first + step, self.shape[0]), again=True)
 
 
 def _blank(layer: Layer, scheme: Scheme) -> QTensor:
