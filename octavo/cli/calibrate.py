@@ -47,7 +47,7 @@ OBSERVERS = {
     ),
 }
 OBSERVERS_HELP = "ranges, what calibration makes of the numbers seen:\n" + "\n".join(
-    f"  {name + (f'={known.default}' if known.default else ''):<27}{known.words}" for name, known in OBSERVERS.items()
+    f"  {name + (f'={known.default}' if known.default else ''):<28}{known.words}" for name, known in OBSERVERS.items()
 )
 DEFAULT = "minmax"
 

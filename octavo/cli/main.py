@@ -6,9 +6,12 @@
 import argparse
 import difflib
 import importlib
+import itertools
 import os
+import re
 import signal
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -19,6 +22,7 @@ from octavo.errors import OctavoError, OctavoWarning
 
 COMMANDS = ("quantize", "evaluate", "inspect", "formats", "experiment", "doctor")
 DEBUG = "OCTAVO_DEBUG"
+TABLE_ROW = re.compile(r"  \S+( \S+)*  +(?=\S)")  # of a help text: a name, a gap, and what it means
 ABOUT = """\
 Octavo makes models eight bits small: choose a number format, quantize, measure what it
 costs, and write a checkpoint that vLLM, transformers or Octavo itself opens."""
@@ -32,6 +36,25 @@ begin with:
 {schemes}
 
 `octavo COMMAND --help` explains a command."""
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions and epilogs as they are written, but within the terminal's width.
+
+    Lines at the margin are a paragraph; an indented "name   text" hangs under its text; examples stay whole.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = []
+        for table, lines in itertools.groupby(text.splitlines(), lambda line: line[:1] in (" ", "")):
+            if not table:
+                parts.append(textwrap.fill(" ".join(lines), width, initial_indent=indent, subsequent_indent=indent))
+                continue
+            for line in lines:
+                name = TABLE_ROW.match(line)
+                hang = " " * (name.end() if name else 0)
+                parts += textwrap.wrap(line, width, subsequent_indent=hang) if name else [line]
+        return "\n".join(parts)
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build() -> Parser:
     """The parser of all commands."""
-    parser = Parser("octavo", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("octavo", description=ABOUT, formatter_class=Help)
     parser.add_argument("--version", action="version", version=f"octavo {_version()}", help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name in COMMANDS:
@@ -92,7 +115,7 @@ def build() -> Parser:
             help=short,
             description=description,
             epilog=example,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=Help,
             allow_abbrev=False,
         )
         module.add(sub)

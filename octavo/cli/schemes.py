@@ -40,7 +40,7 @@ SCHEMES = {
     "e3m4-static": "E3M4 with calibrated input scales",
     "e2m5-static": "E2M5 with calibrated input scales",
 }
-SCHEMES_HELP = "schemes, what becomes of a layer:\n" + "\n".join(f"  {k:<18} {v}" for k, v in SCHEMES.items())
+SCHEMES_HELP = "schemes, what becomes of a layer:\n" + "\n".join(f"  {k:<18}  {v}" for k, v in SCHEMES.items())
 NONE = "none"
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import octavo as ov
 from octavo.cli import doctor, formats
 from octavo.cli.console import Screen, strict
-from octavo.cli.main import COMMANDS
+from octavo.cli.main import COMMANDS, build
 
 FEW = ("--windows", 2, "--window", 16)
 
@@ -259,3 +259,12 @@ def plain_text(text):
     from rich.text import Text
 
     return Text.from_ansi(text).plain
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_eighty_columns(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        build().parse_args([name, "--help"])
+    text = capsys.readouterr().out
+    assert not [line for line in text.splitlines() if len(line) > 80 and not line.startswith("  octavo ")]
