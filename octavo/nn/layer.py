@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from octavo.core.cast import quantize_scaled, quantize_unchecked
-from octavo.core.granularity import PerTensor
 from octavo.core.qtensor import QTensor
 from octavo.core.schemes import Scheme, describe
 from octavo.errors import OctavoError
@@ -94,8 +93,6 @@ class QuantizedLayer(nn.Module):
                 scheme.input.granularity.block((1, cols))
         except OctavoError as error:
             return str(error)
-        if scheme.static and scheme.input is not None and not isinstance(scheme.input.granularity, PerTensor):
-            return f"a static input of a layer has one scale, not {scheme.input.granularity}"
         return None
 
     @classmethod
