@@ -9,6 +9,7 @@ import math
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def run(count: int = WINDOWS) -> dict[str, Any]:
     learn, judge = text.split(text.read_text(None))
     windows = text.windows(source.tokenizer, judge, LENGTH, count)
     samples = text.windows(source.tokenizer, learn, 1024, CALIBRATION).split(1)
-    plain = lambda: DynamicCache(config=model.config)  # noqa: E731
+    plain = partial(DynamicCache, config=model.config)
     base = "bfloat16"
     losses: dict[str, float] = {}
     caches: dict[str, Any] = {}

@@ -58,7 +58,8 @@ class MSE(HistogramObserver):
                 low, high = search.best(low.expand_as(ends), ends)
                 ends = torch.maximum(low * _around(span, low), first)
                 low, high = search.best(ends, high.expand_as(ends))
-        return tuple((end * unit).clamp(-FLOAT32_MAX, FLOAT32_MAX) for end in (low, high))  # type: ignore[return-value]
+        low, high = ((end * unit).clamp(-FLOAT32_MAX, FLOAT32_MAX) for end in (low, high))
+        return low, high
 
 
 class _Search:

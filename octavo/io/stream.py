@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -271,7 +272,7 @@ class _Reader:
 
 
 @dataclass(frozen=True)
-class _Unit:
+class _Unit(ABC):
     """Tensors that are written together, and what is read for them."""
 
     outputs: Mapping[str, Shape]
@@ -282,9 +283,9 @@ class _Unit:
         """Bytes to read."""
         return sum(run.nbytes for run in self.runs)
 
+    @abstractmethod
     def strips(self, reader: _Reader) -> Iterator[_Strip]:
         """What is to be done, at least one."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

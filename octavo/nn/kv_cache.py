@@ -38,7 +38,7 @@ from octavo.core.cast import Cast
 from octavo.core.granularity import PerToken
 from octavo.core.scaling import Static
 from octavo.errors import OctavoError
-from octavo.nn.kv_layers import QuantizedHybridLayer, QuantizedLayer, QuantizedSlidingWindowLayer
+from octavo.nn.kv_layers import QuantizedDynamicLayer, QuantizedHybridLayer, QuantizedSlidingWindowLayer
 from octavo.nn.kv_scales import KVScales, Part
 from octavo.nn.token_store import TokenStore
 
@@ -135,7 +135,7 @@ def _layers(model: Any, keys: Cast | EllipsisType | None, values: Cast | Ellipsi
             continue
         stores = _stores(index, part, keys, values, calibrated.get(index))
         sliding = kind in (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer)
-        layer = QuantizedSlidingWindowLayer(*stores, like.sliding_window) if sliding else QuantizedLayer(*stores)
+        layer = QuantizedSlidingWindowLayer(*stores, like.sliding_window) if sliding else QuantizedDynamicLayer(*stores)
         if kind in (DynamicLayer, DynamicSlidingWindowLayer):
             layers.append(layer)
         elif kind in (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer):

@@ -19,7 +19,7 @@ from octavo.errors import OctavoError
 from octavo.nn.token_store import TokenStore
 
 
-class QuantizedLayer(DynamicLayer):  # type: ignore[misc]  # transformers comes without types
+class QuantizedDynamicLayer(DynamicLayer):  # type: ignore[misc]  # transformers comes without types
     """The keys and values of one layer, all of them."""
 
     record_past = False
@@ -103,7 +103,7 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]  # transformers comes 
             store.to(self.device)
 
 
-class QuantizedSlidingWindowLayer(QuantizedLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class QuantizedSlidingWindowLayer(QuantizedDynamicLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """The keys and values of one layer that the next token's window still reaches."""
 
     def __init__(self, keys: TokenStore, values: TokenStore, sliding_window: int) -> None:
@@ -144,7 +144,7 @@ class QuantizedSlidingWindowLayer(QuantizedLayer, DynamicSlidingWindowLayer):  #
 class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
     """A recurrent state, left as it is, beside keys and values (Falcon-H1, Zamba)."""
 
-    def __init__(self, attention: QuantizedLayer, number_of_states: int) -> None:
+    def __init__(self, attention: QuantizedDynamicLayer, number_of_states: int) -> None:
         self.attention = attention
         super().__init__(number_of_states=number_of_states)
 

@@ -20,7 +20,7 @@ from octavo.core.scaling import Static
 from octavo.errors import OctavoError
 from octavo.nn.kv_cache import EncoderDecoderKVCache, KVCache
 from octavo.nn.kv_calibration import calibrate_kv_cache_
-from octavo.nn.kv_layers import QuantizedHybridLayer, QuantizedLayer, QuantizedSlidingWindowLayer
+from octavo.nn.kv_layers import QuantizedDynamicLayer, QuantizedHybridLayer, QuantizedSlidingWindowLayer
 from octavo.nn.kv_scales import KVScales
 from octavo.nn.token_store import TokenStore
 from tests.nn import models
@@ -241,7 +241,7 @@ def test_layers_do_what_transformers_layers_do(window, seed):
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     stores = (TokenStore("keys", INT8), TokenStore("values", E4M3))
-    mine = QuantizedLayer(*stores) if window is None else QuantizedSlidingWindowLayer(*stores, window)
+    mine = QuantizedDynamicLayer(*stores) if window is None else QuantizedSlidingWindowLayer(*stores, window)
     other = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
     batch = 2
     if window is not None:
@@ -293,9 +293,9 @@ def test_a_window_that_moved_on_cannot_go_back():
 
 def test_layers_follow_the_model():
     kinds = {name: {type(x) for x in KVCache(FAMILIES[name]()).layers} for name in DECODERS}
-    assert kinds["llama"] == {QuantizedLayer}
+    assert kinds["llama"] == {QuantizedDynamicLayer}
     assert kinds["mistral"] == {QuantizedSlidingWindowLayer}
-    assert kinds["gemma3"] == {QuantizedLayer, QuantizedSlidingWindowLayer}
+    assert kinds["gemma3"] == {QuantizedDynamicLayer, QuantizedSlidingWindowLayer}
     assert kinds["falcon_h1"] == {QuantizedHybridLayer}
     model = FAMILIES["t5"]()
     cache = KVCache(model)

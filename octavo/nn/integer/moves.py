@@ -60,7 +60,7 @@ class Reshape(KeepingOp):
 
     def real(self, *values: Tensor) -> Tensor:
         """The same on values."""
-        return self(values[0])  # type: ignore[no-any-return]
+        return self.forward(values[0])
 
 
 #: The operators of torch that only move numbers to other places, or copy them: ``Move`` may run these and no others.
