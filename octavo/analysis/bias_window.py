@@ -7,20 +7,18 @@ Below the window numbers fall under the format's smallest, above it they saturat
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
+from octavo.calibration.batches import Track
 from octavo.core import formats
 from octavo.core.formats import Format
 from octavo.core.schemes import constant
 from octavo.errors import OctavoError
 from octavo.ptq.quantize import quantize_
-
-#: Wraps an iterable to show progress: (items, what is being done) → the same items.
-Track = Callable[[Any, str], Iterable[Any]]
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ Everything that can go wrong is looked for first, over the whole model, so that 
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from octavo.calibration.batches import Call
+from octavo.calibration.batches import Call, Track
 from octavo.calibration.minmax import MinMax
 from octavo.calibration.observer import Observer
 from octavo.calibration.run import Calibration
@@ -26,10 +26,6 @@ from octavo.nn import swap
 from octavo.nn.swap import Layer
 from octavo.ptq.rules import Rules, assign
 from octavo.ptq.stacks import stacks, watch
-
-T = TypeVar("T")
-#: Wraps an iterable to show progress: (items, what is being done) → the same items.
-Track = Callable[[list[T], str], Iterable[T]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def quantize_(
     observer: Observer = MinMax(),  # noqa: B008 - only its settings are used
     weight_observer: Observer | None = None,
     allow_uncalibrated: bool = False,
-    track: "Track[Any] | None" = None,
+    track: Track | None = None,
 ) -> Summary:
     """Replace the model's layers by 8-bit ones, in place.
 
@@ -158,7 +154,7 @@ def calibrate(
     observer: Observer = MinMax(),  # noqa: B008 - only its settings are used
     *,
     call: Call | None = None,
-    track: "Track[Any] | None" = None,
+    track: Track | None = None,
 ) -> Calibration:
     """Watch the inputs of all layers that the rules give a static scale; what comes back goes to ``quantize_`` as data.
 
@@ -239,7 +235,7 @@ def _calibration(
     verdict: Mapping[Layer, Scheme | str],
     data: "Iterable[Any] | Calibration | None",
     observer: Observer,
-    track: "Track[Any] | None",
+    track: Track | None,
 ) -> Calibration | None:
     """What is known of the inputs of the layers with static scales; None if there are none."""
     observers = _observers(verdict, observer)
