@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from octavo.ptq.fold import fold_batch_norms_, fuse_relu_
     from octavo.ptq.integer import integer_only
     from octavo.ptq.quantize import Summary, calibrate, quantize_
-    from octavo.ptq.rules import Rule
+    from octavo.ptq.rules import Rule, read_rules, write_rules
 
 __version__ = "0.1.0"
 
@@ -66,7 +66,7 @@ _HOMES = {
     "octavo.ptq.fold": ("fold_batch_norms_", "fuse_relu_"),
     "octavo.ptq.integer": ("integer_only",),
     "octavo.ptq.quantize": ("Summary", "calibrate", "quantize_"),
-    "octavo.ptq.rules": ("Rule",),
+    "octavo.ptq.rules": ("Rule", "read_rules", "write_rules"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = {"octavo", "octavo.core"}
@@ -121,6 +121,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "quantize_scaled",
+    "read_rules",
     "recast_",
     "requantize",
     "retune_batch_norms_",
@@ -129,6 +130,7 @@ __all__ = [
     "schemes",
     "sqnr",
     "to_json",
+    "write_rules",
 ]
 
 

@@ -3,33 +3,54 @@
 A single scheme means: everything but the output head. With rules of your own, the output head is quantized only if a
 rule gives its exact name: rounding the logits' layer costs most and saves least. A rule that matches nothing is an
 error, because it is nearly always a misspelt name.
+
+In a file, rules are a list of objects that leave out what is as usual, and schemes go by their names:
+``[{"name": "*.down_proj", "scheme": "int8-dynamic", "smooth": 0.5}, {"scheme": "fp8-dynamic"}]``.
 """
 
 import difflib
+import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from octavo.core import schemes
+from octavo.core import records, schemes
 from octavo.core.schemes import Scheme
 from octavo.errors import OctavoError
 from octavo.nn.swap import Layer
 
 HEAD_NAMES = ("lm_head", "embed_out")
+Rounding = Literal["nearest", "gptq"]
 
 
 @dataclass(frozen=True)
 class Rule:
     """Layers whose dotted name fits the shell pattern ``name`` and whose class is called ``type`` get ``scheme``.
 
-    ``scheme=None`` leaves them alone. Patterns know ``*``, ``?`` and ``[…]``; ``*`` also crosses dots.
+    ``scheme=None`` leaves them alone. Patterns know ``*``, ``?`` and ``[…]``; ``*`` also crosses dots. ``smooth`` is
+    SmoothQuant's α from 0 to 1 or "search" (see ``smooth_``), ``rounding`` how weights are rounded: each to the
+    nearest, or so that later ones make up for the errors of earlier ones ("gptq"). Both look at data.
     """
 
     scheme: Scheme | str | None
     name: str = "*"
     type: str | None = None
+    smooth: float | Literal["search"] | None = None
+    rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.smooth, int | float) and not isinstance(self.smooth, bool)
+        if not (self.smooth in (None, "search") or (number and 0 <= float(self.smooth or 0) <= 1)):
+            raise OctavoError(f"rule {self}: smooth is a number from 0 to 1, 'search' or None, not {self.smooth!r}")
+        if self.rounding not in get_args(Rounding):
+            raise OctavoError(f"rule {self}: rounding is {' or '.join(get_args(Rounding))}, not {self.rounding!r}")
+        if self.scheme is None and (self.smooth is not None or self.rounding != "nearest"):
+            raise OctavoError(f"rule {self} leaves its layers alone; smooth and rounding need a scheme")
 
     def matches(self, layer: Layer) -> bool:
         """Whether the rule speaks of this layer, under any of its names."""
@@ -54,21 +75,85 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
         raise OctavoError(f"rules are octavo.Rule(scheme, name=…, type=…), not {wrong[0]!r}")
     if not rules:
         raise OctavoError("the list of rules is empty; nothing would be quantized")
-    return tuple(Rule(None if r.scheme is None else schemes.get(r.scheme), r.name, r.type) for r in rules)
+    return tuple(r if r.scheme is None else replace(r, scheme=schemes.get(r.scheme)) for r in rules)
+
+
+def rules_to_json(rules: Rules) -> list[dict[str, Any]]:
+    """Rules as a list of objects for ``json.dumps``; see above."""
+    written = []
+    for rule in as_rules(rules):
+        usual = {f.name: f.default for f in fields(rule) if f.name not in ("scheme", "name")}
+        content = {key: value for key, value in asdict(rule).items() if key in usual and value != usual[key]}
+        scheme = rule.scheme
+        if isinstance(scheme, Scheme):
+            name = schemes.describe(scheme)
+            scheme = name if name in schemes.NAMES else records.to_json(scheme)
+        written.append({"name": rule.name, "scheme": scheme, **content})
+    return written
+
+
+def rules_from_json(data: Any) -> list[Rule]:
+    """What ``rules_to_json`` was given, or a person wrote. Raises ``OctavoError`` that says which rule does not fit."""
+    if not isinstance(data, list):
+        raise OctavoError(f"rules are a list of objects such as {{'name': '*', 'scheme': …}}, not {str(data)[:100]}")
+    known = [f.name for f in fields(Rule)]
+    read = []
+    for number, content in enumerate(data, 1):
+        if not isinstance(content, dict) or "scheme" not in content:
+            raise OctavoError(f"rule {number} is not an object with a scheme (null leaves alone): {str(content)[:100]}")
+        if unknown := [key for key in content if key not in known]:
+            raise OctavoError(f"rule {number} has {unknown[0]!r}, which is none of {', '.join(known)}")
+        texts = {"name": str, "type": str | None}
+        if wrong := [key for key, kind in texts.items() if not isinstance(content.get(key, ""), kind)]:
+            raise OctavoError(f"the {wrong[0]} of rule {number} is text, not {content[wrong[0]]!r}")
+        try:
+            scheme = records.from_json(content["scheme"])
+            read.append(Rule(**{**content, "scheme": None if scheme is None else schemes.get(scheme)}))
+        except OctavoError as error:
+            raise OctavoError(f"rule {number} ({content.get('name', '*')}): {error}") from error
+    return read
+
+
+def write_rules(rules: Rules, path: str | os.PathLike[str]) -> None:
+    """Write rules to a file, one a line, which a person can read and edit and ``read_rules`` reads."""
+    lines = ",\n".join(json.dumps(rule, ensure_ascii=False) for rule in rules_to_json(rules))
+    Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def read_rules(path: str | os.PathLike[str]) -> list[Rule]:
+    """The rules in a file. Raises ``OctavoError`` that names the file, and the rule that does not fit."""
+    try:
+        return rules_from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise OctavoError(f"{os.fspath(path)} cannot be read as JSON: {error}") from error
+    except OctavoError as error:
+        raise OctavoError(f"{os.fspath(path)}: {error}") from error
 
 
 def assign(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Layer, Scheme | str]:
     """For each layer its scheme, or in words why it is left alone. Raises ``OctavoError`` on a rule without a match."""
+    return {layer: decision[0] for layer, decision in _decide(model, found, rules).items()}
+
+
+def deciding(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Layer, Rule]:
+    """For each layer that gets a scheme the rule that gave it, by which it is also smoothed and rounded."""
+    decided = _decide(model, found, rules)
+    return {layer: rule for layer, (verdict, rule) in decided.items() if isinstance(verdict, Scheme) and rule}
+
+
+def _decide(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Layer, tuple[Scheme | str, Rule | None]]:
     ordered = as_rules(rules)
     heads = output_heads(model, found)
     used: set[Rule] = set()
     verdict: dict[Layer, Scheme | str] = {}
+    decided_by: dict[Layer, Rule | None] = {}
     for layer in found:
         matching = [rule for rule in ordered if rule.matches(layer)]
         rule = matching[0] if matching else None
         table = layer.obstacle is None and layer.eight_bit.by_name_only
         if table or layer.module in heads:  # a rule with its exact name goes before patterns
             rule = next((r for r in matching if r.name in layer.names), rule)
+        decided_by[layer] = rule
         if rule is not None and (layer.obstacle is None or rule.scheme is None):
             used.add(rule)
         if layer.obstacle is not None:
@@ -92,7 +177,7 @@ def assign(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Layer
             raise _unmatched(rule, ordered, found)
     if not any(isinstance(v, Scheme) for v in verdict.values()):
         raise _nothing(ordered, verdict)
-    return verdict
+    return {layer: (verdict[layer], decided_by[layer]) for layer in found}
 
 
 def _catches_all(rule: Rule) -> bool:

@@ -8,7 +8,7 @@ import octavo as ov
 from octavo import OctavoError, Rule
 from octavo.core import schemes
 from octavo.nn import swap
-from octavo.ptq.rules import as_rules, assign, output_heads
+from octavo.ptq.rules import as_rules, assign, deciding, output_heads, rules_from_json, rules_to_json
 from tests.nn import models
 
 INT8, FP8 = schemes.INT8_DYNAMIC, schemes.FP8_DYNAMIC
@@ -158,3 +158,97 @@ def test_a_parametrized_head():
     model = nn.ModuleDict({"x": nn.Linear(4, 4), "lm_head": nn.utils.parametrizations.weight_norm(nn.Linear(4, 9))})
     assert decide(model, INT8)["lm_head"] == HEAD
     assert torch.is_tensor(model["lm_head"].weight)
+
+
+def test_what_decides():
+    first, last = Rule(INT8, "a.*", smooth=0.3), Rule("int8-dynamic", rounding="gptq")
+    model = net()
+    decided = {layer.name: rule for layer, rule in deciding(model, swap.layers(model), [first, last]).items()}
+    assert decided == {"a.0": first, "a.2": first, "b.0": Rule(INT8, rounding="gptq"), "b.1": decided["b.0"]}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"smooth": 1.01},
+        {"smooth": -0.1},
+        {"smooth": float("nan")},
+        {"smooth": "seek"},
+        {"smooth": True},
+        {"smooth": [0.5]},
+        {"rounding": "up"},
+        {"rounding": None},
+    ],
+)
+def test_what_smoothing_and_rounding_are_not(wrong):
+    with pytest.raises(OctavoError, match=f"{next(iter(wrong))} is"):
+        Rule(INT8, "x", **wrong)
+    with pytest.raises(OctavoError, match=r"rule 1 \(x\)"):
+        rules_from_json([{"name": "x", "scheme": "int8-dynamic", **wrong}])
+
+
+@pytest.mark.parametrize("more", [{"smooth": 0.5}, {"rounding": "gptq"}])
+def test_a_layer_left_alone_is_not_smoothed(more):
+    with pytest.raises(OctavoError, match="need a scheme"):
+        Rule(None, **more)
+
+
+def test_rules_as_json():
+    written = [
+        {"name": "*.down_proj", "scheme": "int8-dynamic", "smooth": 0.5},
+        {"name": "a.*", "scheme": None, "type": "Linear"},
+        {"name": "*", "scheme": "fp8-dynamic", "smooth": "search", "rounding": "gptq"},
+    ]
+    rules = rules_from_json(written)
+    assert rules == [
+        Rule(INT8, "*.down_proj", smooth=0.5),
+        Rule(None, "a.*", "Linear"),
+        Rule(FP8, smooth="search", rounding="gptq"),
+    ]
+    assert rules_to_json(rules) == written
+    assert rules_to_json({"a": INT8, "b": None}) == [
+        {"name": "a", "scheme": "int8-dynamic"},
+        {"name": "b", "scheme": None},
+    ]
+    unnamed = [Rule(schemes.dynamic("e4m3fn", weight_group=32)), Rule(schemes.constant("e3m4", 5), "x")]
+    assert rules_from_json(rules_to_json(unnamed)) == unnamed
+
+
+def test_rules_in_a_file(tmp_path):
+    file = tmp_path / "rules.json"
+    rules = [Rule(INT8, "*.é", smooth=0.25), Rule(schemes.dynamic("e3m4", input_group=16))]
+    ov.write_rules(rules, file)
+    assert ov.read_rules(file) == rules
+    assert file.read_text(encoding="utf-8").startswith(
+        '[\n{"name": "*.é", "scheme": "int8-dynamic", "smooth": 0.25},\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ('{"name": "*"}', "rules are a list"),
+        ('["int8-dynamic"]', "rule 1 is not an object"),
+        ('[{"scheme": "int8-dynamic"}, {"name": "*"}]', "rule 2 is not an object with a scheme"),
+        ('[{"scheme": "int8-dynamic", "smoth": 1}]', "rule 1 has 'smoth', which is none of"),
+        ('[{"scheme": "int9"}]', r"rule 1 \(\*\): no scheme is called 'int9'"),
+        ('[{"scheme": {"type": "Cast"}}]', "rule 1"),
+        ('[{"scheme": 5, "name": "a"}]', r"rule 1 \(a\)"),
+        ('[{"scheme": "int8-dynamic", "name": null}]', "the name of rule 1 is text"),
+        ('[{"scheme": "int8-dynamic", "name": ["a"]}]', "the name of rule 1 is text"),
+        ('[{"scheme": "int8-dynamic", "type": 3}]', "the type of rule 1 is text"),
+    ],
+)
+def test_files_that_hold_no_rules(tmp_path, content, words):
+    file = tmp_path / "rules.json"
+    file.write_text(content)
+    with pytest.raises(OctavoError, match=words) as caught:
+        ov.read_rules(file)
+    assert str(file) in str(caught.value)
+
+
+def test_no_file_of_rules(tmp_path):
+    with pytest.raises(OctavoError, match=r"missing\.json"):
+        ov.read_rules(tmp_path / "missing.json")
