@@ -1,7 +1,8 @@
-"""Compiles ``native.c`` on first use, loads it, and calls it: the CPU's fast paths without a build step.
+"""Compiles the kernels on first use, loads them, and calls them: the CPU's fast paths without a build step.
 
-``accumulate.c``, which ``accumulate.py`` calls, is compiled here too, when first asked for. The C files know nothing of
-Python or torch, so whatever ``cc`` the machine has builds one in a second or two. A shared object is kept in
+``cast.c``, ``rows.c`` and ``product.c`` make one shared object; ``accumulate.c``, which ``accumulate.py`` calls, makes
+another, when first asked for. The C files know nothing of Python or torch, so whatever ``cc`` the machine has builds
+one in a second or two, all at the same time. A shared object is kept in
 ``$OCTAVO_CACHE`` (or ``$XDG_CACHE_HOME/octavo``, ``~/.cache/octavo``) under a name that carries a hash of all it was
 made from. It needs ``libgomp.so.1``, which torch has loaded under that very name by the time it is opened: all run on
 one pool of threads.
@@ -22,6 +23,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,13 +32,14 @@ from torch import Tensor
 from octavo.ops.schema import OVERFLOWS, ROUNDINGS, RowFormat
 
 FOLDER = Path(__file__).parent
-SOURCES: dict[str, tuple[str, ...]] = {  # and the flags of their own
-    "native": ("-ffp-contract=off",),  # each step of scaling rounds
-    "accumulate": ("-ffp-contract=fast",),  # its products are exact: fusing them with a sum changes no result
+LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # sources, and the flags of their own
+    "native": (("cast.c", "rows.c", "product.c"), ("-ffp-contract=off",)),  # each step of scaling rounds
+    # its products are exact: fusing them with a sum changes no result
+    "accumulate": (("accumulate.c",), ("-ffp-contract=fast",)),
 }
-FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-fno-trapping-math")  # floats only convert: traps are of no interest
+FLAGS = ("-O3", "-std=c11", "-fPIC", "-fno-trapping-math")  # floats only convert: traps are of no interest
 INSTRUCTION_SETS = ("scalar", "AVX2", "AVX-512", "AVX-512 BF16")  # by octavo_isa()'s numbers
-OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)  # by native.c's numbers
+OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)  # by common.h's numbers
 LONGEST = 1 << 16  # integers: 2**16 · 255 · 128 < 2**31, so no int32 sum overflows
 SIGN = 1 << 31
 INFINITY = 0x7F800000
@@ -46,7 +49,7 @@ _lock = threading.Lock()
 
 
 class _Grid(ctypes.Structure):
-    """What ``native.c`` calls Grid: a number grid and a rounding, boiled down to integers."""
+    """What ``cast.c`` calls Grid: a number grid and a rounding, boiled down to integers."""
 
     _fields_ = (
         ("mantissa", ctypes.c_int32),
@@ -67,7 +70,7 @@ class _Grid(ctypes.Structure):
 
 
 class _Product(ctypes.Structure):
-    """What ``native.c`` calls Product."""
+    """What ``product.c`` calls Product."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("a", "b", "a_table", "b_table")),
@@ -81,7 +84,7 @@ class _Product(ctypes.Structure):
 
 
 class _Rows(ctypes.Structure):
-    """What ``native.c`` calls Rows."""
+    """What ``rows.c`` calls Rows."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "codes", "scale", "zeros")),
@@ -96,7 +99,7 @@ class _Rows(ctypes.Structure):
 
 
 def library(name: str = "native") -> ctypes.CDLL | None:
-    """The kernels of one of ``SOURCES``, or None where there are none; the first call compiles. Never raises."""
+    """One of ``LIBRARIES``, or None where there are none; the first call compiles. Never raises."""
     return _loaded(name)[0]
 
 
@@ -482,22 +485,28 @@ def _temporary_folder() -> Iterator[Path]:
 
 
 def _compiled(name: str, compiler: list[str], folder: Path) -> Path:
-    """A source's shared object in ``folder``, made unless it is there. Written aside and renamed: others may race."""
+    """A library's shared object in ``folder``, made unless it is there. Written aside and renamed: others may race."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    sources, own = LIBRARIES[name]
     # clang's OpenMP is another library than torch's; gcc's is the same
-    flags = (*FLAGS, *SOURCES[name], "-fopenmp-simd" if b"clang" in version else "-fopenmp")
-    source = FOLDER / f"{name}.c"
-    recipe = repr((compiler, flags, version, platform.machine())).encode() + source.read_bytes()
+    command = [*compiler, *FLAGS, *own, "-fopenmp-simd" if b"clang" in version else "-fopenmp"]
+    recipe = repr((command, version, platform.machine())).encode()
+    for part in (*sources, *sorted(path.name for path in FOLDER.glob("*.h"))):
+        recipe += (FOLDER / part).read_bytes()
     path = folder / f"{name}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
     if not path.exists():
-        handle, aside = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        os.close(handle)
-        try:
-            command = [*compiler, *flags, "-o", aside, str(source)]
-            subprocess.run(command, capture_output=True, check=True, timeout=300, env={**os.environ, "LC_ALL": "C"})
-            os.replace(aside, path)
-        finally:
-            Path(aside).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, suffix=".tmp") as aside, ThreadPoolExecutor() as pool:
+
+            def run(*arguments: str | Path) -> None:
+                line, calm = [*command, *map(str, arguments)], {**os.environ, "LC_ALL": "C"}
+                subprocess.run(line, capture_output=True, check=True, timeout=300, env=calm)
+
+            objects = [Path(aside, f"{source}.o") for source in sources]
+            made = [pool.submit(run, "-c", FOLDER / s, "-o", o) for s, o in zip(sources, objects, strict=True)]
+            for task in made:
+                task.result()
+            run("-shared", *objects, "-o", Path(aside, path.name))
+            os.replace(Path(aside, path.name), path)
     return path
 
 

@@ -1,0 +1,217 @@
+/* Rows of numbers to codes, and sums of products back to numbers. */
+#include "common.h"
+
+/* ---- scale: sums to numbers, sum * left[m] * right[n] + bias[n], each step rounded to float32 ------------------- */
+
+#define BITS(y) bits_of(y)
+#define BITS16(y) to_bfloat16(bits_of(y))
+#define HALF(y) to_float16(bits_of(y))
+#define SCALES(NAME, TARGET, IN, OUT, STORE)                                                                      \
+    TARGET static void NAME(const void *sums, float left, const float *restrict right, const float *restrict bias, \
+                            void *y, int64_t n) {                                                                 \
+        const IN *restrict in = sums;                                                                             \
+        OUT *restrict out = y;                                                                                    \
+        if (bias) {                                                                                               \
+            _Pragma("omp simd") for (int64_t j = 0; j < n; j++)                                                   \
+                out[j] = STORE((float)in[j] * left * right[j] + bias[j]);                                         \
+        } else {                                                                                                  \
+            _Pragma("omp simd") for (int64_t j = 0; j < n; j++) out[j] = STORE((float)in[j] * left * right[j]);   \
+        }                                                                                                         \
+    }
+#define ALL_SCALES(ISA, TARGET)                                \
+    SCALES(i32_f32_##ISA, TARGET, int32_t, uint32_t, BITS)     \
+    SCALES(i32_bf16_##ISA, TARGET, int32_t, uint16_t, BITS16)  \
+    SCALES(i32_f16_##ISA, TARGET, int32_t, uint16_t, HALF)     \
+    SCALES(f32_f32_##ISA, TARGET, float, uint32_t, BITS)       \
+    SCALES(f32_bf16_##ISA, TARGET, float, uint16_t, BITS16)    \
+    SCALES(f32_f16_##ISA, TARGET, float, uint16_t, HALF)
+#define SCALE_ROW(ISA)                                  \
+    {{f32_f32_##ISA, f32_bf16_##ISA, f32_f16_##ISA},    \
+     {i32_f32_##ISA, i32_bf16_##ISA, i32_f16_##ISA}}
+
+typedef void ScaleRow(const void *, float, const float *, const float *, void *, int64_t);
+ALL_SCALES(scalar, )
+#if defined(__x86_64__)
+ALL_SCALES(avx2, __attribute__((target("avx2"))))
+ALL_SCALES(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" WIDE))))
+static ScaleRow *const scales[][2][3] = {SCALE_ROW(scalar), SCALE_ROW(avx2), SCALE_ROW(avx512)};
+#else
+static ScaleRow *const scales[][2][3] = {SCALE_ROW(scalar)};
+#endif
+
+void octavo_scale_sums(const void *sums, int integers, const float *left, const float *right, const float *bias,
+                       void *y, int out, int64_t m, int64_t n, int isa, int threads) {
+    ScaleRow *const scale = scales[isa][integers][out];
+#pragma omp parallel for schedule(static) num_threads(threads) if (m * n > 1 << 15)
+    for (int64_t i = 0; i < m; i++)
+        scale((const char *)sums + 4 * i * n, left[i], right, bias, (char *)y + (out == F32 ? 4 : 2) * i * n, n);
+}
+
+/* ---- quantize: rows of numbers to codes, with scales of their own or given ones -----------------------------------
+ *
+ * A row is read once: its largest magnitude, its scale and its codes are found while it is in the cache. Magnitudes
+ * compare as integers, and whatever is not finite compares above all that is. A quotient x / scale becomes a code by
+ * its bit pattern, as in cast and encode above but to nearest even only: adding half a step, less one where the number
+ * is even, rounds; below the smallest normal number, counting steps does. Codes ascend with magnitude: the largest
+ * one is where they saturate. */
+
+enum { NEAREST_FLOATS, NEAREST_INTEGERS };
+
+typedef struct {
+    const void *x;            /* rows of k, ldx elements apart */
+    uint8_t *codes;           /* contiguous */
+    float *scale;             /* of rows and groups: written, or read where `given` */
+    int32_t *zeros;           /* zero points, likewise; NULL: none */
+    int64_t m, k, ldx, group;
+    int64_t scale_row;        /* elements from one row's scales to the next's: 0 if one scale serves all */
+    int32_t dtype, given, power_of_two, kind;
+    float most;               /* the largest number, to which the largest magnitude goes; affine: the number of steps */
+    float low, high;          /* integers: the lowest and the highest code */
+    int32_t one_sided;        /* no negative numbers: the scale is that of the largest, not of the magnitude */
+    /* floats, as for octavo_encode8; steps: of the smallest subnormal; where there is none, of the smallest normal */
+    int32_t mantissa, rebias, shift, last, sign, nan, nan_sign, zero_sign;
+    float least, steps;
+} Rows;
+
+INLINE float store_scale(float scale, int power_of_two) {
+    uint32_t u = bits_of(scale);
+    if (power_of_two) u = (u + 0x7FFFFF) & 0x7F800000u;
+    u = u < 1u << 23 ? 1u << 23 : u; /* no smaller than the smallest normal number */
+    return float_of(u > 0x7F7FFFFFu ? power_of_two ? 254u << 23 : 0x7F7FFFFFu : u);
+}
+
+/* A block's own scale and zero point, from its range. */
+INLINE float own_scale(const Rows *r, float magnitude, float low, float high) {
+    const float tiny = 1e-12f; /* a block of zeros still needs a scale that is not zero */
+    if (!r->zeros) {
+        const float top = r->one_sided ? high : magnitude;
+        return store_scale((top > 0 ? top : tiny) / r->most, r->power_of_two);
+    }
+    low = low < 0 ? low : 0, high = high > 0 ? high : 0;
+    float scale = (high - low > 0 ? high - low : tiny) / r->most;
+    if (bits_of(scale) >= 0x7F800000u) scale = high / r->most - low / r->most; /* wider than the largest number */
+    return store_scale(scale, r->power_of_two);
+}
+
+INLINE int32_t own_zero(const Rows *r, float low, float scale) {
+    float zero = r->low - rintf((low < 0 ? low : 0) / scale);
+    zero = zero < r->low ? r->low : zero > r->high ? r->high : zero;
+    return zero == zero ? (int32_t)zero : 0;
+}
+
+#define QUANTIZE(ISA, TARGET)                                                                                        \
+    TARGET static void widen_##ISA(const uint16_t *restrict x, uint32_t *restrict y, int64_t n, int dtype) {         \
+        if (dtype == BF16) {                                                                                         \
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = (uint32_t)x[i] << 16;                         \
+        } else {                                                                                                     \
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = widen16(x[i]);                                \
+        }                                                                                                            \
+    }                                                                                                                \
+    TARGET static void range_##ISA(const float *restrict x, int64_t n, uint32_t *top, float *low, float *high) {     \
+        uint32_t most = 0;                                                                                           \
+        if (!low) {                                                                                                  \
+            _Pragma("omp simd reduction(max : most)") for (int64_t i = 0; i < n; i++) {                              \
+                const uint32_t u = bits_of(x[i]) & ~SIGN;                                                            \
+                most = u > most ? u : most;                                                                          \
+            }                                                                                                        \
+        } else {                                                                                                     \
+            float least = x[0], last = x[0];                                                                         \
+            _Pragma("omp simd reduction(max : most, last) reduction(min : least)") for (int64_t i = 0; i < n; i++) { \
+                const uint32_t u = bits_of(x[i]) & ~SIGN;                                                            \
+                most = u > most ? u : most;                                                                          \
+                least = x[i] < least ? x[i] : least;                                                                 \
+                last = x[i] > last ? x[i] : last;                                                                    \
+            }                                                                                                        \
+            *low = least, *high = last;                                                                              \
+        }                                                                                                            \
+        *top = most;                                                                                                 \
+    }                                                                                                                \
+    TARGET static void codes_##ISA(const float *restrict x, uint8_t *restrict y, int64_t n, float scale, float zero, \
+                                   const Rows *rows) {                                                               \
+        const Rows r = *rows;                                                                                        \
+        if (r.kind == NEAREST_INTEGERS) {                                                                            \
+            const float bound = 8388608; /* 2^23 */                                                                  \
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) {                                                    \
+                float v = x[i] / scale;                                                                              \
+                v = v < -8e6f ? -8e6f : v;                                                                           \
+                v = v > 8e6f ? 8e6f : v; /* NaN stays */                                                             \
+                const float half = float_of(bits_of(bound) | (bits_of(v) & SIGN));                                   \
+                v = (v + half) - half + zero;                                                                        \
+                v = v < r.low ? r.low : v;                                                                           \
+                v = v > r.high ? r.high : v;                                                                         \
+                v = v == v ? v : 0;                                                                                  \
+                y[i] = (uint8_t)(int32_t)v;                                                                          \
+            }                                                                                                        \
+            return;                                                                                                  \
+        }                                                                                                            \
+        const int32_t drop = 23 - r.mantissa;                                                                        \
+        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) {                                                        \
+            const uint32_t bits = bits_of(x[i] / scale), u = bits & ~SIGN;                                           \
+            const uint32_t odd = ((u >> drop) - r.rebias) & 1;                                                       \
+            const int32_t normal = (int32_t)((u + (1u << (drop - 1)) - 1 + odd) >> drop) - r.rebias;                 \
+            const float size = float_of(u), count = size < r.least ? size * r.steps : 0;                             \
+            const int32_t subnormal = (int32_t)(count + 8388608.0f - 8388608.0f) << r.shift;                         \
+            int32_t code = size < r.least ? subnormal : normal;                                                      \
+            code = code > r.last ? r.last : code;                                                                    \
+            int32_t negative = bits & SIGN ? r.sign : 0;                                                             \
+            negative = code == 0 && !r.zero_sign ? 0 : negative;                                                     \
+            negative = u > 0x7F800000u ? (bits & SIGN && r.nan_sign ? r.sign : 0) : negative;                        \
+            code = u > 0x7F800000u ? r.nan : code;                                                                   \
+            y[i] = (uint8_t)(code | negative);                                                                       \
+        }                                                                                                            \
+    }                                                                                                                \
+    /* One row; whether all of it is finite. */                                                                      \
+    TARGET static int row_##ISA(const Rows *r, int64_t i, float *buffer, int broken) {                               \
+        const int64_t groups = (r->k + r->group - 1) / r->group;                                                     \
+        const float *x = (const float *)r->x + i * r->ldx;                                                           \
+        int finite = 1;                                                                                              \
+        if (r->dtype != F32)                                                                                         \
+            widen_##ISA((const uint16_t *)r->x + i * r->ldx, (uint32_t *)buffer, r->k, r->dtype), x = buffer;        \
+        for (int64_t g = 0; g < groups; g++) {                                                                       \
+            const int64_t at = g * r->group, n = r->k - at < r->group ? r->k - at : r->group;                        \
+            const int64_t place = i * r->scale_row + (r->scale_row ? g : 0);                                         \
+            const int sided = !r->given && (r->zeros || r->one_sided);                                               \
+            uint32_t top;                                                                                            \
+            float low = 0, high = 0;                                                                                 \
+            range_##ISA(x + at, n, &top, sided ? &low : NULL, &high);                                                \
+            const int whole = top < 0x7F800000u;                                                                     \
+            float scale = r->given ? r->scale[place] : own_scale(r, float_of(top), low, high);                       \
+            float zero = 0;                                                                                          \
+            if (r->zeros) {                                                                                          \
+                if (!r->given) r->zeros[place] = own_zero(r, low, whole ? scale : NAN);                              \
+                zero = (float)r->zeros[place];                                                                       \
+            }                                                                                                        \
+            if (!whole || broken) scale = NAN;                                                                       \
+            finite &= whole;                                                                                         \
+            codes_##ISA(x + at, r->codes + i * r->k + at, n, scale, zero, r);                                        \
+            if (r->scale_row || !r->given) r->scale[place] = scale;                                                  \
+        }                                                                                                            \
+        return finite;                                                                                               \
+    }
+
+typedef int QuantizeRow(const Rows *, int64_t, float *, int);
+QUANTIZE(scalar, )
+#if defined(__x86_64__)
+QUANTIZE(avx2, __attribute__((target("avx2"))))
+QUANTIZE(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" WIDE))))
+static QuantizeRow *const quantizers[] = {row_scalar, row_avx2, row_avx512};
+#else
+static QuantizeRow *const quantizers[] = {row_scalar};
+#endif
+
+/* 0, or 1: there was no memory. A given scale of all becomes NaN if anything is not finite, and so does all else. */
+int octavo_quantize_rows(const Rows *r, int isa, int threads) {
+    QuantizeRow *const row = quantizers[isa];
+    const int64_t width = r->dtype == F32 ? 0 : (r->k + 63) / 64 * 64;
+    float *buffers = malloc(threads * width * 4 + 1);
+    int finite = 1;
+    if (!buffers) return 1;
+    for (int broken = 0; broken < 2; broken++) {
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(&& : finite) if (r->m * r->k > 1 << 15)
+        for (int64_t i = 0; i < r->m; i++) finite = row(r, i, buffers + THREAD * width, broken) && finite;
+        if (finite || !r->given || r->scale_row) break;
+        *r->scale = NAN;
+    }
+    free(buffers);
+    return 0;
+}
