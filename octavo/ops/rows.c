@@ -1,5 +1,5 @@
 /* Rows of numbers to codes, and sums of products back to numbers. */
-#include "common.h"
+#include "rows.h"
 
 /* ---- scale: sums to numbers, sum * left[m] * right[n] + bias[n], each step rounded to float32 ------------------- */
 
@@ -55,77 +55,7 @@ void octavo_scale_sums(const void *sums, int integers, const float *left, const 
  * is even, rounds; below the smallest normal number, counting steps does. Codes ascend with magnitude: the largest
  * one is where they saturate. */
 
-enum { NEAREST_FLOATS, NEAREST_INTEGERS };
-
-typedef struct {
-    const void *x;            /* rows of k, ldx elements apart */
-    uint8_t *codes;           /* contiguous */
-    float *scale;             /* of rows and groups: written, or read where `given` */
-    int32_t *zeros;           /* zero points, likewise; NULL: none */
-    int64_t m, k, ldx, group;
-    int64_t scale_row;        /* elements from one row's scales to the next's: 0 if one scale serves all */
-    int32_t dtype, given, power_of_two, kind;
-    float most;               /* the largest number, to which the largest magnitude goes; affine: the number of steps */
-    float low, high;          /* integers: the lowest and the highest code */
-    int32_t one_sided;        /* no negative numbers: the scale is that of the largest, not of the magnitude */
-    /* floats, as for octavo_encode8; steps: of the smallest subnormal; where there is none, of the smallest normal */
-    int32_t mantissa, rebias, shift, last, sign, nan, nan_sign, zero_sign;
-    float least, steps;
-} Rows;
-
-INLINE float store_scale(float scale, int power_of_two) {
-    uint32_t u = bits_of(scale);
-    if (power_of_two) u = (u + 0x7FFFFF) & 0x7F800000u;
-    u = u < 1u << 23 ? 1u << 23 : u; /* no smaller than the smallest normal number */
-    return float_of(u > 0x7F7FFFFFu ? power_of_two ? 254u << 23 : 0x7F7FFFFFu : u);
-}
-
-/* A block's own scale and zero point, from its range. */
-INLINE float own_scale(const Rows *r, float magnitude, float low, float high) {
-    const float tiny = 1e-12f; /* a block of zeros still needs a scale that is not zero */
-    if (!r->zeros) {
-        const float top = r->one_sided ? high : magnitude;
-        return store_scale((top > 0 ? top : tiny) / r->most, r->power_of_two);
-    }
-    low = low < 0 ? low : 0, high = high > 0 ? high : 0;
-    float scale = (high - low > 0 ? high - low : tiny) / r->most;
-    if (bits_of(scale) >= 0x7F800000u) scale = high / r->most - low / r->most; /* wider than the largest number */
-    return store_scale(scale, r->power_of_two);
-}
-
-INLINE int32_t own_zero(const Rows *r, float low, float scale) {
-    float zero = r->low - rintf((low < 0 ? low : 0) / scale);
-    zero = zero < r->low ? r->low : zero > r->high ? r->high : zero;
-    return zero == zero ? (int32_t)zero : 0;
-}
-
 #define QUANTIZE(ISA, TARGET)                                                                                        \
-    TARGET static void widen_##ISA(const uint16_t *restrict x, uint32_t *restrict y, int64_t n, int dtype) {         \
-        if (dtype == BF16) {                                                                                         \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = (uint32_t)x[i] << 16;                         \
-        } else {                                                                                                     \
-            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = widen16(x[i]);                                \
-        }                                                                                                            \
-    }                                                                                                                \
-    TARGET static void range_##ISA(const float *restrict x, int64_t n, uint32_t *top, float *low, float *high) {     \
-        uint32_t most = 0;                                                                                           \
-        if (!low) {                                                                                                  \
-            _Pragma("omp simd reduction(max : most)") for (int64_t i = 0; i < n; i++) {                              \
-                const uint32_t u = bits_of(x[i]) & ~SIGN;                                                            \
-                most = u > most ? u : most;                                                                          \
-            }                                                                                                        \
-        } else {                                                                                                     \
-            float least = x[0], last = x[0];                                                                         \
-            _Pragma("omp simd reduction(max : most, last) reduction(min : least)") for (int64_t i = 0; i < n; i++) { \
-                const uint32_t u = bits_of(x[i]) & ~SIGN;                                                            \
-                most = u > most ? u : most;                                                                          \
-                least = x[i] < least ? x[i] : least;                                                                 \
-                last = x[i] > last ? x[i] : last;                                                                    \
-            }                                                                                                        \
-            *low = least, *high = last;                                                                              \
-        }                                                                                                            \
-        *top = most;                                                                                                 \
-    }                                                                                                                \
     TARGET static void codes_##ISA(const float *restrict x, uint8_t *restrict y, int64_t n, float scale, float zero, \
                                    const Rows *rows) {                                                               \
         const Rows r = *rows;                                                                                        \
@@ -166,14 +96,14 @@ INLINE int32_t own_zero(const Rows *r, float low, float scale) {
         const float *x = (const float *)r->x + i * r->ldx;                                                           \
         int finite = 1;                                                                                              \
         if (r->dtype != F32)                                                                                         \
-            widen_##ISA((const uint16_t *)r->x + i * r->ldx, (uint32_t *)buffer, r->k, r->dtype), x = buffer;        \
+            widen((const uint16_t *)r->x + i * r->ldx, (uint32_t *)buffer, r->k, r->dtype), x = buffer;              \
         for (int64_t g = 0; g < groups; g++) {                                                                       \
             const int64_t at = g * r->group, n = r->k - at < r->group ? r->k - at : r->group;                        \
             const int64_t place = i * r->scale_row + (r->scale_row ? g : 0);                                         \
             const int sided = !r->given && (r->zeros || r->one_sided);                                               \
             uint32_t top;                                                                                            \
             float low = 0, high = 0;                                                                                 \
-            range_##ISA(x + at, n, &top, sided ? &low : NULL, &high);                                                \
+            range_of(x + at, n, &top, sided ? &low : NULL, &high);                                                   \
             const int whole = top < 0x7F800000u;                                                                     \
             float scale = r->given ? r->scale[place] : own_scale(r, float_of(top), low, high);                       \
             float zero = 0;                                                                                          \
