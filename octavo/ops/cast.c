@@ -30,6 +30,8 @@ typedef struct {
     uint32_t overflow[2], infinite[2]; /* what an overflow and what an infinity become */
     uint32_t bottom, least;            /* low > 0, a grid without zero: shifted magnitudes under bottom become least */
     uint32_t zero_sign;                /* the sign bit, if the grid has a -0 */
+    int32_t quick;                     /* whether `round_even` serves, with: */
+    Even even;
 } Grid;
 
 INLINE uint32_t cast_one(uint32_t x, float noise, int stochastic, Grid g) {
@@ -67,39 +69,47 @@ INLINE uint32_t cast_one(uint32_t x, float noise, int stochastic, Grid g) {
 
 #define SAME(x) (x)
 #define WIDEN(x) ((uint32_t)(x) << 16)
-#define LOOP(NAME, TARGET, TYPE, NOISY, LOAD, STORE)                                                        \
+#define EVEN(x, noise) bits_of(round_even(float_of(x), g.even))
+#define ANY(x, noise) cast_one(x, 0, 0, g)
+#define NOISY(x, noise) cast_one(x, noise, 1, g)
+/* x and y may be one: every element is read before it is written. */
+#define LOOP(NAME, TARGET, TYPE, LOAD, STORE, ROUND)                                                        \
     TARGET static void NAME(const void *x, const float *noise, void *y, int64_t n, const Grid *grid) {      \
         const Grid g = *grid; /* a copy: what is written through `out` cannot be thought to change it */    \
-        const TYPE *restrict in = x;                                                                        \
-        TYPE *restrict out = y;                                                                             \
+        const TYPE *in = x;                                                                                 \
+        TYPE *out = y;                                                                                      \
         (void)noise;                                                                                        \
-        _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                                 \
-            out[i] = STORE(cast_one(LOAD(in[i]), NOISY ? noise[i] : 0, NOISY, g));                          \
+        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) out[i] = STORE(ROUND(LOAD(in[i]), noise[i]));   \
     }
-/* One instruction set's four casts, and its row in the table: [bfloat16?][noise?]. */
-#define CASTS(ISA, TARGET)                                             \
-    LOOP(f32_##ISA, TARGET, uint32_t, 0, SAME, SAME)                   \
-    LOOP(f32_noise_##ISA, TARGET, uint32_t, 1, SAME, SAME)             \
-    LOOP(bf16_##ISA, TARGET, uint16_t, 0, WIDEN, to_bfloat16)          \
-    LOOP(bf16_noise_##ISA, TARGET, uint16_t, 1, WIDEN, to_bfloat16)
-#define ROW(ISA) {{f32_##ISA, f32_noise_##ISA}, {bf16_##ISA, bf16_noise_##ISA}}
+/* One instruction set's casts, and its rows in the table: [type][rounding]. */
+#define TYPE_CASTS(NAME, TARGET, TYPE, LOAD, STORE)          \
+    LOOP(NAME##_even, TARGET, TYPE, LOAD, STORE, EVEN)       \
+    LOOP(NAME##_any, TARGET, TYPE, LOAD, STORE, ANY)         \
+    LOOP(NAME##_noise, TARGET, TYPE, LOAD, STORE, NOISY)
+#define CASTS(ISA, TARGET)                                          \
+    TYPE_CASTS(f32_##ISA, TARGET, uint32_t, SAME, SAME)             \
+    TYPE_CASTS(bf16_##ISA, TARGET, uint16_t, WIDEN, to_bfloat16)    \
+    TYPE_CASTS(f16_##ISA, TARGET, uint16_t, widen16, to_float16)
+#define TYPE_ROW(NAME) {NAME##_even, NAME##_any, NAME##_noise}
+#define ROW(ISA) {TYPE_ROW(f32_##ISA), TYPE_ROW(bf16_##ISA), TYPE_ROW(f16_##ISA)}
 
 typedef void Cast(const void *, const float *, void *, int64_t, const Grid *);
 CASTS(scalar, )
 #if defined(__x86_64__)
 CASTS(avx2, __attribute__((target("avx2"))))
 CASTS(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" WIDE))))
-static Cast *const casts[][2][2] = {ROW(scalar), ROW(avx2), ROW(avx512), ROW(avx512)};
+static Cast *const casts[][3][3] = {ROW(scalar), ROW(avx2), ROW(avx512), ROW(avx512)};
 #else
-static Cast *const casts[][2][2] = {ROW(scalar)};
+static Cast *const casts[][3][3] = {ROW(scalar)};
 #endif
 
 /* `isa` is octavo_isa() or, in a test, less. Every element is on its own: threads cannot change the result. */
-void octavo_cast(const void *x, const float *noise, void *y, int64_t n, int bf16, const Grid *g, int isa, int threads) {
+void octavo_cast(const void *x, const float *noise, void *y, int64_t n, int dtype, const Grid *g, int isa,
+                 int threads) {
     enum { BLOCK = 16384 };
-    Cast *const cast = casts[isa][bf16][noise != NULL];
-    const int64_t size = bf16 ? 2 : 4;
-    prefer_huge_pages(y, n * size);
+    Cast *const cast = casts[isa][dtype][noise ? 2 : !g->quick];
+    const int64_t size = dtype == F32 ? 4 : 2;
+    if (x != y) prefer_huge_pages(y, n * size);
 #pragma omp parallel for schedule(static) num_threads(threads) if (n > 2 * BLOCK)
     for (int64_t i = 0; i < n; i += BLOCK)
         cast((const char *)x + i * size, noise ? noise + i : NULL, (char *)y + i * size,

@@ -6,7 +6,12 @@
 #ifndef OCTAVO_COMMON_H
 #define OCTAVO_COMMON_H
 
+#ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE /* madvise */
+#endif
+#if defined(__cplusplus)
+#define restrict __restrict__
+#endif
 #include <math.h>
 #include <sched.h>
 #include <stdint.h>
@@ -76,6 +81,25 @@ INLINE uint32_t widen16(uint32_t h) { /* IEEE half to float32 */
     const uint32_t normal = u + (112u << 23) + CHOOSE(field == 0x7C00, 112u << 23, 0u);
     const uint32_t subnormal = bits_of(float_of(u + (113u << 23)) - float_of(113u << 23));
     return CHOOSE(field == 0, subnormal, normal) | (h & 0x8000) << 16;
+}
+
+/* A number grid with the usual rounding: to nearest, ties to even, and what lies beyond the limits becomes the limit. */
+typedef struct {
+    float low, high;    /* on the grid */
+    uint32_t normal;    /* the pattern of the smallest normal number */
+    uint32_t lift;      /* 23 less the bits of the mantissa, as an exponent */
+    uint32_t zero_sign; /* the sign bit, if the grid has a -0 */
+} Even;
+
+/* The float unit itself rounds: 2^23 quanta are a number whose neighbours lie one quantum apart. Added with x's sign
+ * and taken away again, they leave the nearest multiple of the quantum, and +0 where that is 0. All quanta are normal
+ * numbers twice over (native.py sees to it), so no flush-to-zero mode can be felt. NaN stays what it is. */
+INLINE float round_even(float x, Even g) {
+    float y = x < g.low ? g.low : x;
+    y = y > g.high ? g.high : y;
+    const uint32_t field = bits_of(y) & 0x7F800000u, quantum = field < g.normal ? g.normal : field;
+    const float far = float_of((quantum + g.lift) | (bits_of(y) & SIGN));
+    return float_of(bits_of((y + far) - far) | (bits_of(x) & g.zero_sign));
 }
 
 /* A large result comes from the system as untouched pages: first writes to 4 KiB ones cost more than all else here. */

@@ -48,6 +48,15 @@ NAN = 0x7FC00000
 _lock = threading.Lock()
 
 
+class Even(ctypes.Structure):
+    """What ``common.h`` calls Even: a number grid with the usual rounding."""
+
+    _fields_ = (
+        *((name, ctypes.c_float) for name in ("low", "high")),
+        *((name, ctypes.c_uint32) for name in ("normal", "lift", "zero_sign")),
+    )
+
+
 class _Grid(ctypes.Structure):
     """What ``cast.c`` calls Grid: a number grid and a rounding, boiled down to integers."""
 
@@ -66,6 +75,8 @@ class _Grid(ctypes.Structure):
         ("bottom", ctypes.c_uint32),
         ("least", ctypes.c_uint32),
         ("zero_sign", ctypes.c_uint32),
+        ("quick", ctypes.c_int32),
+        ("even", Even),
     )
 
 
@@ -119,10 +130,11 @@ def cast(
     flush: bool,
     negative_zero: bool,
     noise: Tensor | None,
+    in_place: bool = False,
 ) -> Tensor | None:
     """Round to a number grid (``schema.cast`` says how), or None if the kernel does not take this call."""
     lib = library()
-    if lib is None or x.dtype not in (torch.float32, torch.bfloat16) or not (_plain(x) and x.is_contiguous()):
+    if lib is None or x.dtype not in OUTPUTS or not (_plain(x) and x.is_contiguous()):
         return None
     stochastic = rounding == "stochastic"
     if stochastic and not (
@@ -136,13 +148,13 @@ def cast(
     grid = _grid(mantissa, emin, low, high, rounding, overflow, flush, negative_zero)
     if grid is None:
         return None
-    y = torch.empty_like(x)
+    y = x if in_place else torch.empty_like(x)
     lib.octavo_cast(
         x.data_ptr(),
         noise.data_ptr() if stochastic and noise is not None else None,
         y.data_ptr(),
         x.numel(),
-        x.dtype == torch.bfloat16,
+        OUTPUTS.index(x.dtype),
         ctypes.byref(grid),
         _instruction_set(),
         torch.get_num_threads(),
@@ -389,6 +401,8 @@ def _grid(
         return None
     ends = (most, least | SIGN if low < 0 else least)
     beyond = {"saturate": ends, "inf": (INFINITY, INFINITY | SIGN), "nan": (NAN, NAN)}[overflow]
+    even = even_grid(mantissa, emin, low, high, flush, negative_zero)
+    usual = rounding == "nearest-even" and overflow == "saturate"
     stops = (rounding in ("toward-zero", "down"), rounding in ("toward-zero", "up"))  # IEEE 754: not past the limit
     ones = 2**32 - 1
     return _Grid(
@@ -406,7 +420,35 @@ def _grid(
         bottom=2 * least if low > 0 else 0,
         least=least,
         zero_sign=SIGN * negative_zero,
+        quick=usual and even is not None,
+        even=even or Even(),
     )
+
+
+def even_grid(mantissa: int, emin: int, low: float, high: float, flush: bool, negative_zero: bool) -> Even | None:
+    """The grid for ``round_even``, or None where that does not serve.
+
+    It wants the quantum of every number to be that of its exponent or of ``emin``, ties that are even where the
+    mantissa is, half a quantum that is a normal number, limits on the grid, and float32 to hold 2**23 quanta of any.
+    """
+    most = max(-low, high)
+    if flush or not (0 < mantissa <= 23 and emin <= 127 and emin - mantissa > -126 and low <= 0 < high):
+        return None
+    if not all(_on_grid(edge, mantissa, emin) for edge in (low, high)) or (low == 0 and negative_zero):
+        return None
+    top = max(math.frexp(most)[1] - 1, emin)
+    if top + 23 - mantissa > 127 or (mantissa == 23 and most >= 2.0**emin):
+        return None
+    return Even(
+        low=low, high=high, normal=(emin + 127) << 23, lift=(23 - mantissa) << 23, zero_sign=SIGN * negative_zero
+    )
+
+
+def _on_grid(value: float, mantissa: int, emin: int) -> bool:
+    if value == 0 or not math.isfinite(value):
+        return value == 0
+    exponent = max(math.frexp(value)[1] - 1, emin)
+    return math.ldexp(value, mantissa - exponent).is_integer()
 
 
 def _bits(value: float) -> int | None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octavo.core import formats
 from octavo.ops import native, reference
 from octavo.ops.schema import OVERFLOWS, ROUNDINGS
 
@@ -158,14 +159,49 @@ def test_subnormals_survive_a_process_that_flushes_them():
     x = torch.tensor([1, 2, 0x7FFFFF, 0x80000001 - 2**32], dtype=torch.int32).view(torch.float32)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
+    small = (3, -122, -(2.0**-110), 2.0**-110, "nearest-even", "saturate", False, True, None)
+    near = torch.arange(-(2**17), 2**17, dtype=torch.int32).mul(2**10).abs().view(torch.float32)
+    law = reference.cast(near, *small)
     try:
         native._grid.cache_clear()
         y = native.cast(x, *grid)
+        lowest = native.cast(near, *small)
+        assert native._grid(*small[:-1]).quick
         finest = native.cast(x, 0, -149, 2.0**-149, 2.0**-149, "nearest-even", "saturate", False, True, None)
     finally:
         torch.set_flush_denormal(False)
     same(y, x)
+    same(lowest, law)
     assert finest.view(torch.int32).tolist() == [1, 1, 1, 1]
+
+
+@needs_library
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_float16(name):
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    for rounding in ("nearest-even", "up"):
+        for overflow in OVERFLOWS:
+            check(x, GRIDS[name], rounding, overflow)
+    check(x, GRIDS[name], "stochastic", "saturate", torch.rand(2**16))
+
+
+@needs_library
+@pytest.mark.parametrize("fmt", list(formats.eight_bit()), ids=str)
+def test_the_usual_rounding_takes_the_quick_way(fmt):
+    """So that the tests against the law are tests of it; where it does not serve, see ``native.even_grid``."""
+    mantissa, emin, low, high = fmt.grid
+    assert native._grid(mantissa, emin, low, high, "nearest-even", "saturate", False, fmt.has_negative_zero).quick
+    assert not native._grid(mantissa, emin, low, high, "up", "saturate", False, fmt.has_negative_zero).quick
+
+
+@needs_library
+def test_a_cast_in_place():
+    for dtype in native.OUTPUTS:
+        x = torch.randn(16384 * 3 + 5).to(dtype)
+        grid = (*GRIDS["E4M3FN"][:4], "nearest-even", "saturate", False, True, None)
+        law = reference.cast(x, *grid)
+        assert native.cast(x, *grid, in_place=True) is x
+        same(x, law)
 
 
 @needs_library
@@ -181,7 +217,6 @@ def test_what_cast_leaves_to_torch():
     x = torch.randn(4, 4)
     noisy = (*grid[:4], "stochastic", *grid[5:])
     assert native.cast(x.double(), *grid, None) is None
-    assert native.cast(x.half(), *grid, None) is None
     assert native.cast(x.t(), *grid, None) is None
     assert native.cast(x.to("meta"), *grid, None) is None
     assert native.cast(torch._neg_view(x), *grid, None) is None
