@@ -24,6 +24,7 @@ SCHEMES = {
     "fp8-block": "FP8 as in DeepSeek-V3: a scale for 128 × 128 weights and 128 inputs",
     "int8-group64": "INT8 with a scale for every 64 numbers: the accurate one",
     "e3m4-int8-group64": "INT8 weights, E3M4 inputs, a scale for every 64: for inputs with outliers",
+    "llm-int8": "INT8, but input columns with a number above 6 in 16 bits: LLM.int8(), for outliers",
     "int8-static": "INT8 weights and inputs, one input scale a layer, found by calibration",
     "int8-affine-static": "the same, inputs from 0 to 255 with a zero point: finer after a ReLU",
     "fp8-static": "FP8 (E4M3FN), one input scale a layer, found by calibration",
@@ -115,11 +116,13 @@ def changed(base: "Scheme", arguments: argparse.Namespace) -> "Scheme":
             raise OctavoError(
                 "--input-group groups inputs in 8 bits, and here they stay in float. Name --inputs FORMAT"
             )
+        if base.outliers is not None:
+            raise OctavoError(f"--scheme {arguments.scheme} takes outliers out of 8-bit inputs; --inputs none has none")
         return schemes.Scheme(weight)
     like_weights = base.input is None or base.input.format == base.weight.format
     inputs = base.input or Cast(weight.format, PerToken())
     named = arguments.inputs or (weight.format if like_weights else None)
-    return schemes.Scheme(weight, _changed(inputs, named, arguments.input_group))
+    return schemes.Scheme(weight, _changed(inputs, named, arguments.input_group), base.outliers)
 
 
 def _changed(how: "Cast", fmt: "Format | str | None", group: int | None) -> "Cast":

@@ -5,6 +5,7 @@ and any groups.
 """
 
 import difflib
+import math
 from dataclasses import dataclass, replace
 
 from octavo.core import formats
@@ -20,10 +21,13 @@ class Scheme:
     """One layer at inference: how its weight [out, in] and input […, in] are cast; ``input=None`` is weight-only.
 
     One of the two has at most 8 bits, the other at most 16. A ``Static`` input scale is found by calibration.
+    ``outliers`` is LLM.int8()'s threshold (2208.07339): input columns that hold a larger magnitude are taken out and
+    multiplied in the model's own dtype, see ``nn/outliers.py``.
     """
 
     weight: Cast
     input: Cast | None = None
+    outliers: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Cast):
@@ -41,6 +45,17 @@ class Scheme:
             )
         if self.input is not None and self.static and self.input.granularity != PerTensor():
             raise OctavoError(f"a static input has one scale for all of it, not {self.input.granularity}")
+        if self.outliers is not None:
+            self._check_outliers(self.outliers)
+
+    def _check_outliers(self, threshold: float) -> None:
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold < math.inf:
+            raise OctavoError(f"outliers is the magnitude above which a column is taken out, not {threshold!r}")
+        if self.input is None:
+            raise OctavoError("outliers are taken out of inputs in 8 bits; this scheme leaves inputs in float")
+        if not isinstance(self.input.scale, Current):
+            raise OctavoError("outliers are taken out of each input as it comes; its scale must be Current, not fixed")
+        object.__setattr__(self, "outliers", float(threshold))
 
     @property
     def static(self) -> bool:
@@ -106,6 +121,8 @@ FP8_BLOCK = Scheme(Cast(formats.E4M3FN, PerBlock(128, 128)), Cast(formats.E4M3FN
 INT8_GROUP64 = dynamic(formats.INT8, weight_group=64, input_group=64)
 E3M4_INT8_GROUP64 = dynamic(formats.INT8, formats.E3M4, weight_group=64, input_group=64)
 INT8_STATIC = static(formats.INT8)
+#: INT8, but input columns with any magnitude above 6 in 16 bits: LLM.int8() (2208.07339).
+LLM_INT8 = replace(INT8_DYNAMIC, outliers=6.0)
 #: Inputs from 0 to 255 with a zero point: twice as fine after a ReLU or a GELU.
 INT8_AFFINE_STATIC = static(formats.INT8, formats.UINT8, affine=True)
 FP8_STATIC = static(formats.E4M3FN)
@@ -122,6 +139,7 @@ NAMES: dict[str, Scheme] = {
     "fp8-block": FP8_BLOCK,
     "int8-group64": INT8_GROUP64,
     "e3m4-int8-group64": E3M4_INT8_GROUP64,
+    "llm-int8": LLM_INT8,
     "int8-static": INT8_STATIC,
     "int8-affine-static": INT8_AFFINE_STATIC,
     "fp8-static": FP8_STATIC,
@@ -171,4 +189,5 @@ def describe(scheme: Scheme) -> str:
             parts.append("affine")
         return "/".join(parts)
 
-    return f"{side(scheme.weight)} × {side(scheme.input) if scheme.input else 'float'}"
+    taken = "" if scheme.outliers is None else f", outliers above {scheme.outliers:g} in float"
+    return f"{side(scheme.weight)} × {side(scheme.input) if scheme.input else 'float'}{taken}"

@@ -37,6 +37,8 @@ OFFSET = 128  # from the layout's integers to UINT8
 def obstacle(scheme: Scheme, in_features: int, transposed: bool) -> str | None:
     """Why a layer of that scheme cannot be written in the layout, or None."""
     weight, how = scheme.weight, scheme.input
+    if scheme.outliers is not None:
+        return "the layout has no outliers that are multiplied apart, as LLM.int8() does"
     if transposed:
         return "it is a transformers Conv1D, which no loader of the layout knows"
     if weight.format not in TYPES:

@@ -96,6 +96,8 @@ class QuantizedConv(QuantizedLayer):
     @classmethod
     def obstacle(cls, module: nn.Module, scheme: Scheme) -> str | None:
         """Why this convolution cannot run under the scheme, or None."""
+        if scheme.outliers is not None:
+            return "outliers are taken out of the inputs of linear layers, not of convolutions"
         granularity = None if scheme.input is None else scheme.input.granularity
         if not isinstance(granularity, PerTensor | PerToken | PerGroup | None):
             return (

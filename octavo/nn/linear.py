@@ -15,6 +15,7 @@ from octavo.core.qtensor import QTensor
 from octavo.core.schemes import Scheme, describe
 from octavo.errors import OctavoError
 from octavo.nn.layer import QuantizedLayer
+from octavo.nn.outliers import may_hold, multiply_apart
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -70,6 +71,9 @@ class QuantizedLinear(QuantizedLayer):
         """``x`` […, in] to […, out], in ``x``'s dtype."""
         if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
             raise OctavoError(f"the layer takes floats […, {self.in_features}], not {x.dtype} {list(x.shape)}")
+        if self.scheme.outliers is not None and may_hold(x, self.scheme.outliers):
+            y = multiply_apart(self, x.reshape(x.shape[:-1].numel(), self.in_features))
+            return self.activate(y).view(*x.shape[:-1], self.out_features)
         if self.scheme.input is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return self.activate(F.linear(x, self.quantized_weight.dequantize(x.dtype), bias))

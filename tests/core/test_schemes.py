@@ -14,7 +14,7 @@ def test_the_named_ones():
         *("e3m4-int8-group64", "e5m2-dynamic", "e3m4-dynamic", "e2m5-dynamic"),
         *("e5m2-weight-only", "e3m4-weight-only", "e2m5-weight-only"),
         *("int8-static", "int8-affine-static", "fp8-static", "fp8-cscale", "w8a16", "w16a8"),
-        *("e5m2-static", "e3m4-static", "e2m5-static"),
+        *("e5m2-static", "e3m4-static", "e2m5-static", "llm-int8"),
     }
     assert ov.schemes.INT8_DYNAMIC == Scheme(Cast("INT8", PerChannel(0)), Cast("INT8", PerToken()))
     assert ov.schemes.FP8_DYNAMIC == Scheme(Cast("E4M3FN", PerChannel(0)), Cast("E4M3FN", PerToken()))

@@ -148,7 +148,7 @@ def test_equals_exact_integers(case, name):
 
 
 @settings(max_examples=40, deadline=None)
-@given(cases(), st.sampled_from(sorted(schemes.NAMES)))
+@given(cases(), st.sampled_from(sorted(set(schemes.NAMES) - {"llm-int8"})))
 def test_every_scheme_against_float64(case, name):
     """What dequantized numbers give in float64, within the bound of FP32 summation."""
     layer, x = case
