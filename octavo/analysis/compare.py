@@ -1,0 +1,329 @@
+"""For every layer and every candidate scheme: what it costs, what it saves, and how long it takes here.
+
+A cell of the table is exact: the model runs on the data with this one layer quantized and nothing else changed, and its
+results are compared with what they were. To make that affordable nothing before the layer is run twice (``replay``),
+layers of one size are timed once (``variants``), and divergences (``judge``) say with a few hundred tokens what losses
+would need many thousands for. Gradients could foretell cells in one pass (HAWQ, 1905.03696), but not where it matters
+most: massive activations are far outside the range in which a second order holds.
+
+Work: cells × half a forward of the data that they are measured on. SmolLM2-135M, 210 layers × 5 schemes: see
+docs/choosing.md.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.analysis import machine, variants
+from octavo.analysis.comparison import Candidate, Cell, ComparedLayer, Comparison, Outcome
+from octavo.analysis.judge import Judge, Loss, Shift, judge_for
+from octavo.analysis.replay import Recording
+from octavo.analysis.variants import Variant
+from octavo.calibration.batches import Call, Track, eagerly, enter, evaluating, several
+from octavo.core import schemes
+from octavo.core.cast import sqnr
+from octavo.core.schemes import Scheme
+from octavo.errors import OctavoError
+from octavo.nn import swap
+from octavo.nn.swap import Layer
+from octavo.ptq.quantize import model_bytes, quantize_
+from octavo.ptq.rules import Rule, Rules, output_heads
+
+SCHEMES: tuple[str, ...] = ("int8-dynamic", "fp8-dynamic", "int8-group64", "e3m4-int8-group64", "int8-weight-only")
+AS_IT_IS = Candidate(None)
+
+
+def compare(
+    model: nn.Module,
+    data: Iterable[Any],
+    schemes: Sequence[Scheme | str | Candidate] = SCHEMES,
+    *,
+    cells_on: int | None = None,
+    loss: Loss | None = None,
+    call: Call | None = None,
+    whole: bool = True,
+    name: str = "",
+    source: str = "",
+    track: Track | None = None,
+) -> Comparison:
+    """Every layer that a scheme for all would quantize, under every scheme; the model is as before afterwards.
+
+    ``data``: batches as for calibration; token batches of a causal language model are judged by the next token, all
+    others by the outputs, or by ``loss(output, batch)``. ``cells_on``: how many batches the cells are measured on
+    (None: all); ``whole`` measures the whole model under each scheme on all. ``call`` as for calibration; ``name``,
+    ``source``: the model and the data in words. ``track`` wraps loops to show progress.
+
+    Raises ``OctavoError`` without data, if no layer can be quantized, or if the model's own results are not finite.
+    """
+    started = time.perf_counter()
+    table = Table(model, data, schemes, cells_on=cells_on, loss=loss, call=call)
+    recorded = time.perf_counter()
+    layers, cells = table.cells(track)
+    measured = time.perf_counter()
+    outcomes = [table.outcome(candidate) for candidate in _tracked(table.candidates, track if whole else None, whole)]
+    return Comparison(
+        model=name or type(model).__name__,
+        data=source or f"{len(table.batches)} batches",
+        machine=_machine(),
+        loss=table.loss,
+        perplexity=table.perplexity(table.loss),
+        divergence=table.judge.divergence,
+        bytes=model_bytes(model),
+        layers=tuple(layers),
+        candidates=table.candidates,
+        cells=tuple(cells),
+        outcomes=tuple(outcomes),
+        seconds={
+            "recording": recorded - started,
+            "cells": measured - recorded,
+            "whole models": time.perf_counter() - measured,
+        },
+        notes=tuple(table.notes),
+    )
+
+
+class Table:
+    """The model as it is, run once on all data, and whatever others are to be compared with it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        candidates: Sequence[Scheme | str | Candidate],
+        *,
+        cells_on: int | None = None,
+        loss: Loss | None = None,
+        call: Call | None = None,
+    ) -> None:
+        self.model, self.call = model, call
+        self.batches = list(several(data))
+        if not self.batches:
+            raise OctavoError("there is no data to compare on; pass some batches, as for calibration")
+        self.candidates = as_candidates(candidates)
+        self.layers = quantizable(model)
+        self.notes: list[str] = []
+        self.judge: Judge = judge_for(model, self.batches[0], loss)
+        modules = [layer.module for layer in self.layers]
+        self.recordings: list[Recording] = []
+        self.references: list[Any] = []
+        self.seconds = math.inf  # of the largest batch, the fastest of its runs
+        with running(model):
+            for batch in self.batches[: cells_on or len(self.batches)]:
+                recording = Recording(model, batch, modules, call)
+                self.references.append(self.judge.reference(recording.output, batch))
+                recording.output = None
+                self.recordings.append(recording)
+            for batch in self.batches[len(self.recordings) :]:
+                self.references.append(self.judge.reference(enter(model, batch, call), batch))
+        if not all(recording.exact for recording in self.recordings):
+            self.notes.append("the model runs in full for every cell: it gives other results when parts only answer")
+        losses = [self.judge.loss(reference) for reference in self.references]
+        known = [told for told in losses if told is not None]
+        self.loss = sum(told[0] for told in known) / sum(told[1] for told in known) if known else None
+        if self.loss is not None and not math.isfinite(self.loss):
+            raise OctavoError(f"the loss of the model as it is is {self.loss}; nothing can be compared with that")
+
+    def perplexity(self, loss: float | None) -> float | None:
+        """What a loss in nats a token is as a perplexity; None for other losses."""
+        return math.exp(min(loss, 700.0)) if loss is not None and self.judge.nats else None
+
+    def cells(self, track: Track | None = None) -> tuple[list[ComparedLayer], list[Cell]]:
+        """Every layer under every candidate."""
+        layers, cells = [], []
+        unsmoothable = self._unsmoothable()
+        clock = _Clock()
+        with running(self.model):
+            for layer in _tracked(self.layers, track, True, "comparing layers"):
+                shapes = [r.shapes[layer.module] for r in self.recordings if layer.module in r.shapes]
+                shape = max(shapes, key=lambda s: torch.Size(s).numel(), default=())
+                calls = sum(recording.calls.get(layer.module, 0) for recording in self.recordings)
+                found = self._row(layer, calls, unsmoothable, clock, shape)
+                layers.append(self._described(layer, calls, shape, clock))
+                cells += found
+        return layers, cells
+
+    def _row(
+        self, layer: Layer, calls: int, unsmoothable: Mapping[str, str], clock: "_Clock", shape: tuple[int, ...]
+    ) -> list[Cell]:
+        cells = []
+        needed = calls and any(variants.looks_at_data(c) for c in self.candidates)
+        inputs = [x for recording in self.recordings for x in recording.inputs(layer.module)] if needed else []
+        made: dict[str, Variant] = {}
+        for candidate in self.candidates:
+            why = variants.unsuitable(layer, candidate, unsmoothable)
+            why = why or ("no data reached it" if not calls else None)
+            if candidate.scheme is None:
+                cells.append(Cell(layer.name, candidate.name, math.inf, math.inf, 0.0, 0.0, layer.nbytes))
+            elif why is not None:
+                cells.append(Cell(layer.name, candidate.name, excluded=why))
+            else:
+                try:
+                    made[candidate.name] = Variant(layer, candidate, inputs)
+                except OctavoError as error:
+                    cells.append(Cell(layer.name, candidate.name, excluded=str(error)))
+                else:
+                    cells.append(self._cell(layer, candidate, made[candidate.name]))
+        clock.look(layer, made, shape)
+        return [clock.timed(layer, cell, shape) for cell in cells]
+
+    def _cell(self, layer: Layer, candidate: Candidate, variant: Variant) -> Cell:
+        power = noise = 0.0
+        own = layer.module.forward
+
+        def both(*args: Any, **kwargs: Any) -> Any:
+            nonlocal power, noise
+            result = variant(*args, **kwargs)
+            exact = own(*args, **kwargs).double()
+            power += float(exact.square().sum())
+            noise += float((result.double() - exact).square().sum())
+            return result
+
+        shift = Shift()
+        for recording, reference in zip(self.recordings, self.references, strict=False):  # the first of them
+            shift += self.judge.shift(reference, recording.run({layer.module: both}), recording.batch)
+        output = math.inf if noise == 0 else 10 * math.log10(power / noise) if power and noise < math.inf else -math.inf
+        why = None if shift.finite and math.isfinite(noise) else "its results are NaN or Inf under this scheme"
+        weight = sqnr(layer.weight, variant.weight)
+        if why is not None:
+            return Cell(layer.name, candidate.name, weight, None, None, None, variant.bytes, None, why)
+        return Cell(layer.name, candidate.name, weight, output, shift.increase, shift.distance, variant.bytes)
+
+    def _described(self, layer: Layer, calls: int, shape: tuple[int, ...], clock: "_Clock") -> ComparedLayer:
+        rows, columns = layer.matrix.shape
+        count = torch.Size(shape).numel()
+        convolution = layer.weight.ndim > 2  # a row a position; strides and padding left aside
+        tokens = count // max(1, layer.weight.shape[1] if convolution else columns)
+        return ComparedLayer(
+            name=layer.name,
+            names=layer.names,
+            kind=layer.kind,
+            shape=(rows, columns),
+            parameters=layer.weight.numel(),
+            bytes=layer.nbytes,
+            calls=calls,
+            rows=tokens if calls else 0,
+            seconds=clock.of(layer, AS_IT_IS.name, shape),
+        )
+
+    def _unsmoothable(self) -> dict[str, str]:
+        if all(candidate.smooth is None for candidate in self.candidates):
+            return {}
+        from octavo.ptq import pairs
+
+        return pairs.find(self.model, self.batches[0], self.call)[1]
+
+    def outcome(self, candidate: Candidate) -> Outcome:
+        """The whole model under one candidate."""
+        if candidate.scheme is None:
+            shift, seconds = self._measure(self.model)
+            self.seconds = min(self.seconds, seconds)
+            size = model_bytes(self.model)
+            return Outcome(candidate.name, self.loss, self.perplexity(self.loss), 0.0, 0.0, size, seconds)
+        rule = Rule(candidate.scheme, smooth=candidate.smooth, rounding=candidate.rounding)
+        try:
+            mix = self.mix([rule], variants.looks_at_data(candidate))
+        except OctavoError as error:
+            return Outcome(candidate.name, excluded=str(error))
+        shift, seconds = self._measure(mix)
+        left = tuple(x.name for x in self.layers if mix.get_submodule(x.name).__class__ is type(x.module))
+        size = model_bytes(mix)
+        if not shift.finite:
+            return Outcome(
+                candidate.name, bytes=size, seconds=seconds, left=left, excluded="its results are NaN or Inf"
+            )
+        loss = None if self.loss is None or shift.increase is None else self.loss + shift.increase
+        return Outcome(candidate.name, loss, self.perplexity(loss), shift.distance, shift.error, size, seconds, left)
+
+    def mix(self, rules: Rules, data: bool) -> nn.Module:
+        """A copy of the model, quantized by rules; ``data``: whether they look at the batches."""
+        twin = copy.deepcopy(self.model)
+        with running(twin):
+            quantize_(twin, rules, self.batches if data else None, allow_uncalibrated=True)
+        return twin
+
+    def shift(self, mix: nn.Module) -> Shift:
+        """How far another model is from this one, on all of the data."""
+        return self._measure(mix)[0]
+
+    def _measure(self, mix: nn.Module) -> tuple[Shift, float]:
+        shift, largest = Shift(), 0.0
+        with running(mix):
+            for batch, reference in zip(self.batches, self.references, strict=True):
+                began = time.perf_counter()
+                output = enter(mix, batch, self.call)
+                largest = max(largest, time.perf_counter() - began)
+                shift += self.judge.shift(reference, output, batch)
+        return shift, largest
+
+
+class _Clock:
+    """The time of every sort of layer under every candidate, measured when the first of its sort comes by."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, dict[str, float]] = {}
+
+    def look(self, layer: Layer, made: Mapping[str, Variant], shape: tuple[int, ...]) -> None:
+        """Time the layer as it is and its variants, unless their like has been timed."""
+        known = self.known.setdefault(variants.sort_of(layer, shape), {})
+        new = {name: variant for name, variant in made.items() if name not in known}
+        if not shape or not (new or AS_IT_IS.name not in known):
+            return
+        x = torch.randn(shape, dtype=layer.weight.dtype, device=layer.weight.device)
+        known |= variants.seconds({AS_IT_IS.name: layer.module, **new}, x)
+
+    def of(self, layer: Layer, candidate: str, shape: tuple[int, ...]) -> float | None:
+        """What was measured, if it was."""
+        return self.known.get(variants.sort_of(layer, shape), {}).get(candidate)
+
+    def timed(self, layer: Layer, cell: Cell, shape: tuple[int, ...]) -> Cell:
+        """The cell with its time."""
+        return Cell(**(vars(cell) | {"seconds": self.of(layer, cell.candidate, shape)}))
+
+
+def as_candidates(given: Sequence[Scheme | str | Candidate]) -> tuple[Candidate, ...]:
+    """Schemes, their names and candidates as candidates, none twice; the layer as it is comes first."""
+    if isinstance(given, Scheme | str | Candidate):
+        given = [given]
+    made = [c if isinstance(c, Candidate) else Candidate(schemes.get(c)) for c in given]
+    if not any(candidate.scheme is not None for candidate in made):
+        raise OctavoError("there is no scheme to compare; name some, such as int8-dynamic")
+    return tuple(dict.fromkeys([AS_IT_IS, *made]))
+
+
+def quantizable(model: nn.Module) -> list[Layer]:
+    """The layers that one scheme for all would quantize: neither tables nor the output head."""
+    found = swap.layers(model)
+    heads = output_heads(model, found)
+    able = [x for x in found if x.obstacle is None and not x.eight_bit.by_name_only and x.module not in heads]
+    if not able:
+        why = "; ".join(f"{x.name or 'the model itself'}: {x.obstacle or 'table or output head'}" for x in found[:3])
+        raise OctavoError(f"no layer can be quantized ({why or 'the model has no parameters'})")
+    return able
+
+
+@contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without gradients, compilation, or torch's shortcuts past the layers."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with evaluating(model), eagerly(model), torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _tracked(items: Sequence[Any], track: Track | None, wanted: bool, doing: str = "comparing models") -> Iterable[Any]:
+    if not wanted:
+        return ()
+    return track(list(items), doing) if track else items
+
+
+def _machine() -> str:
+    return f"{machine._processor()}, {torch.get_num_threads()} threads"
