@@ -1,0 +1,181 @@
+"""Weights rounded by what the data shows, one layer after the other, in one walk through the model.
+
+Two streams of the same data go through the model side by side (``calibration.lockstep``): one as the float model runs
+it, one in 8 bits. At a layer the inputs of both are known, its weight is rounded so that the second stream comes near
+to the first (``ptq.gptq``), and the second goes on through the layer as it will be. So every layer answers for what the
+layers before it have left over, which one pass over a model that is float everywhere could not show, and nothing of the
+model has changed until all is done.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.calibration.batches import Call, Track, eagerly, enter, evaluating, several
+from octavo.calibration.lockstep import walk
+from octavo.core.qtensor import QTensor
+from octavo.core.schemes import Scheme
+from octavo.errors import OctavoError
+from octavo.nn.layer import QuantizedLayer
+from octavo.nn.linear import QuantizedLinear
+from octavo.nn.swap import Layer
+from octavo.ptq.gptq import GPTQ, Inverse, Moments
+
+#: Rounds a matrix to the nearest, with scales of its own: what a layer's weight becomes without data.
+Nearest = Callable[[Tensor], tuple[Scheme, QTensor]]
+
+
+@dataclass
+class Job:
+    """A layer that becomes 8-bit: how its weight is rounded to the nearest, its input's static scales.
+
+    ``by_data`` says whether it is rounded here; the others are run in 8 bits for what follows them.
+    """
+
+    layer: Layer
+    nearest: Nearest
+    scales: Mapping[str, Any]
+    by_data: bool
+    rows: int = field(default=0, init=False)  # of input it has seen
+    result: tuple[Scheme, QTensor] | None = field(default=None, init=False)
+
+
+def obstacle(layer: Layer, shared: bool) -> str | None:
+    """Why a layer's weight cannot be rounded by data, or None; ``shared``: whether other 8-bit layers have it too."""
+    if layer.eight_bit is not QuantizedLinear:
+        return f"{layer.kind} is no linear layer, and only those are rounded by GPTQ"
+    if shared:
+        return "it shares its weight with another layer, and both would move it"
+    return None
+
+
+def round_weights(
+    model: nn.Module,
+    jobs: Sequence[Job],
+    batches: Iterable[Any],
+    how: GPTQ = GPTQ(),  # noqa: B008 - it is frozen
+    *,
+    call: Call | None = None,
+    track: Track | None = None,
+) -> dict[str, tuple[Scheme, QTensor]]:
+    """By layer name the scheme and the rounded weight of every job that is ``by_data`` and that data reached.
+
+    ``jobs`` come in the model's order; ``batches`` and ``call`` as for calibration, but all batches are in memory
+    together. The model stays as it is. Raises ``OctavoError`` for no data, and with the layer's name for NaN or Inf in
+    its input, and for a layer that one batch calls several times.
+    """
+    held = list(several(batches))
+    if not held:
+        raise OctavoError("the data held no batch; a generator can be read only once")
+    progress = iter(track([job.layer.name for job in jobs], "rounding")) if track else None
+    work = _Walk({job.layer.name: job for job in jobs}, how, progress)
+    runs = [partial(enter, model, batch, call) for batch in held for _ in range(work.streams)]
+    with evaluating(model), eagerly(model), torch.no_grad():
+        walk(runs, {job.layer.name: job.layer.module for job in jobs}, work.visit, work.answer)
+    work.finish()
+    return {job.layer.name: job.result for job in jobs if job.result is not None}
+
+
+class _Walk:
+    """What is done at each layer. Of a batch's runs the last is in 8 bits, and one before it the float model's."""
+
+    def __init__(self, jobs: Mapping[str, Job], how: GPTQ, progress: Any) -> None:
+        self.jobs, self.how, self.progress = jobs, how, progress
+        self.streams = 2 if how.follow else 1
+        self.eight_bit: dict[str, QuantizedLayer] = {}
+        self.called: set[tuple[str, int]] = set()
+        self.last: tuple[list[tuple[Tensor, int]], QuantizedLayer, Inverse, int] | None = None
+
+    def visit(self, name: str, calls: Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        """Round the layer's weight by what all runs are about to show it."""
+        job = self.jobs[name]
+        matrix = job.layer.matrix.detach()
+        layer = self._run_as(job, *job.nearest(matrix))
+        if job.by_data:
+            given = {run: _input(name, *call) for run, call in calls.items()}
+            self._round(job, layer, matrix, given)
+        if self.progress is not None:
+            next(self.progress, None)
+
+    def answer(
+        self, name: str, run: int, usual: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The layer's result: in the float stream its own, in the other what it will be in 8 bits."""
+        if (name, run) in self.called and self.jobs[name].by_data:
+            raise OctavoError(
+                f"one batch calls layer {name} several times, and GPTQ rounds it by the first; round it to the nearest"
+            )
+        self.called.add((name, run))
+        return self.eight_bit[name].forward(*args, **kwargs) if self._quantized(run) else usual(*args, **kwargs)
+
+    def finish(self) -> None:
+        """Let the progress come to its end."""
+        for _ in self.progress or ():
+            pass
+
+    def _quantized(self, run: int) -> bool:
+        return run % self.streams == self.streams - 1
+
+    def _run_as(self, job: Job, scheme: Scheme, weight: QTensor) -> QuantizedLayer:
+        """The layer in 8 bits, for what follows."""
+        new = job.layer.eight_bit.replacing(job.layer.module, weight, scheme, **job.scales).eval()
+        self.eight_bit[job.layer.name] = new
+        return new
+
+    def _round(self, job: Job, layer: QuantizedLayer, matrix: Tensor, given: Mapping[int, Tensor]) -> None:
+        inverse, job.rows = self._inverse(job, layer, matrix, given)
+        if job.rows > 0:
+            target = inverse.target(matrix)
+            scheme, nearest = job.nearest(target)
+            job.result = scheme, inverse.round(target, nearest, scheme.weight)
+            self._run_as(job, *job.result)
+
+    def _inverse(
+        self, job: Job, layer: QuantizedLayer, matrix: Tensor, given: Mapping[int, Tensor]
+    ) -> tuple[Inverse, int]:
+        """What the inputs show, made once for layers that get the very same (q, k and v)."""
+        inputs = [(x, -1 if x.is_inference() else x._version) for x in given.values()]
+        if self.last is not None:
+            before, like, inverse, rows = self.last
+            same = len(before) == len(inputs) and all(
+                a is b and i == j >= 0 for (a, i), (b, j) in zip(before, inputs, strict=True)
+            )
+            if same and _cast_alike(like, layer):
+                return inverse, rows
+        moments = Moments(matrix.shape[1], matrix.device)
+        for run, x in given.items():
+            if self._quantized(run):
+                exact = given.get(run - 1) if self.streams == 2 else None
+                moments.update(_seen(layer, x), None if exact is None else exact.flatten(0, -2))
+        if not bool(moments.square.isfinite().all() & moments.cross.isfinite().all()):
+            raise OctavoError(f"the input of layer {job.layer.name} holds NaN or Inf; find where they come from first")
+        try:
+            inverse = Inverse(moments, self.how)
+        except OctavoError as error:
+            raise OctavoError(f"layer {job.layer.name}: {error}") from error
+        self.last = (inputs, layer, inverse, moments.rows)
+        return inverse, moments.rows
+
+
+def _input(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if x is None:
+        raise OctavoError(f"layer {name} was called without a tensor")
+    return x[None] if x.ndim == 1 else x
+
+
+def _seen(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """The input […, K] as rows [T, K] of the numbers that the 8-bit layer multiplies."""
+    rows = x.flatten(0, -2)
+    return rows if layer.scheme.input is None else layer.quantize_input(rows).dequantize(torch.float32)
+
+
+def _cast_alike(one: QuantizedLayer, other: QuantizedLayer) -> bool:
+    """Whether two layers cast their inputs the same way."""
+    scales = [(x.input_scale, x.input_zero_point) for x in (one, other)]
+    equal = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(*scales, strict=True))
+    return one.scheme.input == other.scheme.input and equal
