@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from octavo.core.cast import Cast
 class MinMax(Observer):
     """From the smallest to the largest number seen."""
 
-    parts = ("low", "high")
+    parts: ClassVar[tuple[str, ...]] = ("low", "high")
     _low: Tensor = field(default_factory=lambda: torch.empty(0), init=False, repr=False)
     _high: Tensor = field(default_factory=lambda: torch.empty(0), init=False, repr=False)
 

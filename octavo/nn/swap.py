@@ -60,7 +60,7 @@ class Layer:
     @property
     def eight_bit(self) -> type[QuantizedLayer]:
         """What would stand in its place."""
-        found = _eight_bit(self.module)
+        found = eight_bit(self.module)
         assert found is not None
         return found
 
@@ -125,7 +125,8 @@ def replace(model: nn.Module, layer: Layer, new: nn.Module) -> None:
             module.use_nested_tensor = False  # nested tensors only serve that fused path
 
 
-def _eight_bit(module: nn.Module) -> type[QuantizedLayer] | None:
+def eight_bit(module: nn.Module) -> type[QuantizedLayer] | None:
+    """The kind of layer that would stand in for this module, or None."""
     if is_conv1d(module):
         return QuantizedLinear
     return next((new for kind, new in KINDS.items() if isinstance(module, kind)), None)

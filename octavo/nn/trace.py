@@ -77,7 +77,7 @@ def trace(model: nn.Module, example: Any, call: Call | None = None) -> Trace:
     """
     _refuse_lazy(model)
     recorder = _Recorder(_state(model))
-    with evaluating(model), _undisturbed(model), recorder.watching(model), torch.no_grad(), recorder:
+    with evaluating(model), undisturbed(model), recorder.watching(model), torch.no_grad(), recorder:
         result = enter(model, example, call)
     gc.collect()  # what only a cycle keeps is nobody's result
     recorder.finish()
@@ -212,6 +212,21 @@ class _Tracer(fx.Tracer):
         return is_atom(m)
 
 
+def sharing(model: nn.Module, flow: Trace, run: Step) -> str | None:
+    """Who else uses the parameters of the module that ran in this step, in words, or None."""
+    layer = model.get_submodule(run.name)
+    own = [parameter for parameter in layer._parameters.values() if parameter is not None]
+    for name, module in model.named_modules():
+        if module is not layer and any(p is q for p in own for q in module._parameters.values()):
+            return f"{run.name} shares its weights with {name or 'the model itself'}"
+    for attribute, parameter in layer._parameters.items():
+        readers = [] if parameter is None else flow.state[f"{run.name}.{attribute}"].readers
+        others = [str(reader) for reader in readers if reader is not run]
+        if others:
+            return f"the {attribute} of {run.name} is also read by the {' and '.join(others)}"
+    return None
+
+
 def is_atom(module: nn.Module) -> bool:
     """Whether operators inside the module count as the module: it has no children but what computes its weights.
 
@@ -248,7 +263,7 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Afterwards all buffers hold what they held, under their names, and random numbers go on as if nothing had run."""
     before = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     copies = {buffer: buffer.detach().clone() for _, _, buffer in before if buffer is not None}

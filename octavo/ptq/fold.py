@@ -21,7 +21,7 @@ from octavo.nn import swap
 from octavo.nn.conv import QuantizedConv
 from octavo.nn.layer import QuantizedLayer
 from octavo.nn.linear import QuantizedLinear
-from octavo.nn.trace import Step, Trace, is_atom, trace, trace_symbolically
+from octavo.nn.trace import Step, Trace, is_atom, sharing, trace, trace_symbolically
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -59,7 +59,8 @@ def fold_batch_norms_(model: nn.Module, example: Any = None, call: Call | None =
             source = _sole_source(model, flow, name)
             layer = model.get_submodule(source.name)
             weight, bias = _folded(layer, norm, source.shape)
-            _check_unshared(model, flow, source, layer)
+            if (why_not := sharing(model, flow, source)) is not None:
+                raise _Stays(why_not)
         except _Stays as why:
             fused.left[name] = str(why)
             continue
@@ -140,19 +141,6 @@ def _sole_source(model: nn.Module, flow: Trace, name: str) -> Step:
     if layer._forward_hooks or module._forward_pre_hooks:
         raise _Stays(f"a hook stands between it and {source.name}")
     return source
-
-
-def _check_unshared(model: nn.Module, flow: Trace, source: Step, layer: nn.Module) -> None:
-    """That nobody else uses the layer's weight and bias."""
-    own = [parameter for parameter in layer._parameters.values() if parameter is not None]
-    for name, module in model.named_modules():
-        if module is not layer and any(p is q for p in own for q in module._parameters.values()):
-            raise _Stays(f"{source.name} shares its weights with {name or 'the model itself'}")
-    for attribute, parameter in layer._parameters.items():
-        readers = [] if parameter is None else flow.state[f"{source.name}.{attribute}"].readers
-        others = [str(reader) for reader in readers if reader is not source]
-        if others:
-            raise _Stays(f"the {attribute} of {source.name} is also read by the {' and '.join(others)}")
 
 
 def _folded(layer: nn.Module, norm: nn.Module, shape: torch.Size | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,372 @@
+"""SmoothQuant: large channels of a layer's input are divided before, and its weights are multiplied after.
+
+One large channel makes the scale of a token coarse for all others. ``s_j = max|X_j|**α / max|W_j|**(1 − α)``, at least
+1e-5, moves what is large from the input to the weight, which has room (Xiao et al., 2211.10438): the norm before the
+layer takes ``weight / s`` and ``bias / s``, every linear layer that reads it ``W × s``. α says how much is moved. The
+same goes for linear layers in place of the norm, such as the ``up_proj`` before ``down_proj``: ``ptq.pairs`` finds
+both.
+
+In real numbers the function stays the same. New weights are computed in float32 and rounded to their dtype. Of 16-bit
+models that would show, so there each s is the nearest power of two: nothing is rounded then, and as much is won.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from octavo.calibration.batches import Call, Track, eagerly, enter, evaluating, several
+from octavo.calibration.minmax import MinMax
+from octavo.calibration.observer import Observer
+from octavo.calibration.run import Calibration
+from octavo.calibration.sample import Sample
+from octavo.core.cast import quantize_unchecked
+from octavo.core.granularity import PerChannel
+from octavo.core.schemes import Scheme
+from octavo.errors import OctavoError
+from octavo.nn import swap
+from octavo.nn.linear import QuantizedLinear
+from octavo.nn.swap import Layer
+from octavo.nn.trace import undisturbed
+from octavo.ptq.pairs import Pair, find
+from octavo.ptq.rules import Rule, Rules, deciding
+
+Alpha = float | Literal["search"]
+LEAST = 1e-5
+GRID = tuple(step / 20 for step in range(4, 20))  # what a search tries, beside leaving the pair alone
+TRIED = 64  # rows of every layer's input that are compared when scales are tried
+SLACK = 1e-3  # scales are tried as powers of two, exactly; this is for sums in another order
+
+
+@dataclass(frozen=True)
+class SmoothedPair:
+    """One pair by its modules' names, the α used, and the readers' largest input before and after.
+
+    ``alpha`` is None where a search found the pair best as it was.
+    """
+
+    source: str
+    readers: tuple[str, ...]
+    alpha: float | None
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        how = "left as it is" if self.alpha is None else f"α {self.alpha:g}"
+        return f"{self.source} → {', '.join(self.readers)}: {how}, largest input {self.before:.4g} → {self.after:.4g}"
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """What ``smooth_`` did: every pair, and by name why other layers could not be smoothed."""
+
+    pairs: list[SmoothedPair]
+    left: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``json.dumps``."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.pairs), *(f"{name} stays: {why}" for name, why in self.left.items())])
+
+
+def smooth_(
+    model: nn.Module,
+    data: Iterable[Any],
+    alpha: Alpha | None = 0.5,
+    *,
+    rules: Rules = "int8-dynamic",
+    call: Call | None = None,
+    track: Track | None = None,
+) -> Smoothing:
+    """Move the outliers of layers' inputs into weights, in place; the model computes the same function.
+
+    ``data``: batches as for calibration, passed once. ``rules``, which the model will be quantized by, say which layers
+    count; ``alpha``, from 0 to 1, is for those whose rule has no ``smooth`` of its own (None: only those that have).
+    "search" takes for each pair the α with the smallest error of the layers' results under their schemes, on up to 256
+    tokens, each token's error relative to its result. A channel that was always 0 keeps its scale.
+
+    Raises ``OctavoError``, before anything is changed, if there is nothing to smooth, no data, NaN, or if layers that
+    read one result are to have different α.
+    """
+    wanted = requested(model, rules, alpha)
+    batches = iter(several(data))
+    try:
+        example = next(batches)
+    except StopIteration:
+        raise OctavoError("the calibration data held no batch; a generator can be read only once") from None
+    found, left = find(model, example, call)
+    chosen = _choose(found, wanted, deciding(model, swap.layers(model), rules))
+    layers = {x.name: x for x in swap.layers(model)}
+    left = {name: left.get(name) or _why_not(layers[name]) for name in wanted}
+    for pair, _ in chosen:
+        for name in pair.readers:
+            left.pop(name, None)
+    work: list[_Work] = []
+    if chosen:
+        seen = _watch(model, chosen, chain([example], batches), call, track)
+        work = [_Work(model, pair, how, wanted, layers, seen) for pair, how in chosen]
+        for one in track(work, "smoothing") if track else work:
+            one.choose_scale()
+        work = _tried(model, work, example, call, left)
+    if not work:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
+        raise OctavoError(f"nothing to smooth: {reasons or 'no rule asks for it'}")
+    for one in work:
+        one.apply()
+    return Smoothing([one.record for one in work], left)
+
+
+def requested(model: nn.Module, rules: Rules, alpha: Alpha | None = None) -> dict[str, tuple[Alpha, Scheme]]:
+    """By name the layers that the rules, or ``alpha`` for those whose rule says nothing, want smoothed."""
+    Rule("int8-dynamic", smooth=alpha)  # raises if it is none
+    wanted: dict[str, tuple[Alpha, Scheme]] = {}
+    for layer, rule in deciding(model, swap.layers(model), rules).items():
+        how = alpha if rule.smooth is None else rule.smooth
+        if how is not None:
+            assert isinstance(rule.scheme, Scheme)
+            wanted[layer.name] = (how, rule.scheme)
+    return wanted
+
+
+class _Work:
+    """One pair on its way: the statistics of its input, the scale, and the change itself."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pair: Pair,
+        alpha: Alpha,
+        wanted: Mapping[str, tuple[Alpha, Scheme]],
+        layers: Mapping[str, Layer],
+        seen: Calibration,
+    ) -> None:
+        self.pair, self.alpha = pair, alpha
+        self.source = model.get_submodule(pair.source)
+        self.readers = [layers[name] for name in pair.readers]
+        self.schemes = [wanted[name][1] if name in wanted else None for name in pair.readers]
+        self.watched = [seen.observers[name] for name in pair.readers]
+        edges = [torch.maximum(-x._low, x._high) for x in self.watched if isinstance(x, MinMax) and x.count]
+        self.largest = torch.stack([edge.cpu() for edge in edges]).amax(0)
+        quantized = [x for x, scheme in zip(self.readers, self.schemes, strict=True) if scheme is not None]
+        self.columns = torch.stack([_largest(x.matrix, 0) for x in quantized]).amax(0)
+        self.scale = torch.ones_like(self.largest)
+        self.found: float | None = None
+
+    def choose_scale(self) -> None:
+        """The scale for the α that is given, or for the best."""
+        if self.alpha != "search":
+            self.found, self.scale = self.alpha, self._scale(self.alpha)
+            return
+        best = self._error(self.scale)
+        for alpha in GRID:
+            scale = self._scale(alpha)
+            if (error := self._error(scale)) < best:
+                best, self.found, self.scale = error, alpha, scale
+
+    def _scale(self, alpha: float) -> Tensor:
+        found = scales(self.largest, self.columns, alpha)
+        return power_of_two(found) if self.source.get_parameter("weight").element_size() < 4 else found
+
+    @torch.no_grad()
+    def _error(self, scale: Tensor) -> float:
+        """What 8 bits change about the readers' results on the sample: squares, relative to each token's result."""
+        total = 0.0
+        for layer, scheme, seen in zip(self.readers, self.schemes, self.watched, strict=True):
+            if scheme is None or not seen.count:
+                continue
+            assert isinstance(seen, Sample)
+            matrix = layer.matrix.detach().float()
+            x, factor = seen.kept.T.to(matrix.device), scale.to(matrix.device)
+            weight = quantize_unchecked(matrix * factor, scheme.weight, torch.float32)
+            fixed: dict[str, Any] = {}
+            if scheme.static and scheme.input is not None:
+                ends = MinMax()
+                ends.update(torch.stack((seen._low / scale, seen._high / scale)))
+                fixed["input_scale"], fixed["input_zero_point"] = ends.scale(scheme.input)
+            exact = x @ matrix.T
+            error = QuantizedLinear(weight, None, scheme, **fixed)(x / factor) - exact
+            power = exact.square().sum(1)
+            total += float((error.square().sum(1) / power.clamp_min(float(power.mean()) * 1e-6)).sum())
+        return total
+
+    def obstacle(self) -> str | None:
+        """Why the scale cannot be applied, or None."""
+        if not bool(self.scale.isfinite().all()):
+            return f"{self.pair.source}: the weights that read it hold NaN or Inf"
+        for name, parameter, change in self._changes():
+            if not bool(change(parameter).isfinite().all()):
+                return f"{name} would not hold finite numbers of {str(parameter.dtype).removeprefix('torch.')}"
+        return None
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Change the weights."""
+        for _, parameter, change in self._changes():
+            parameter.copy_(change(parameter))
+
+    def _changes(self) -> Iterator[tuple[str, Tensor, Callable[[Tensor], Tensor]]]:
+        """Everything that the scale changes: its name, the parameter or a view of it, and what it becomes."""
+
+        def times(factor: Tensor, plus: float = 0.0) -> Callable[[Tensor], Tensor]:
+            def change(x: Tensor) -> Tensor:
+                wide = torch.promote_types(x.dtype, torch.float32)
+                return ((x.detach().to(wide) + plus) * factor.to(x.device, wide) - plus).to(x.dtype)
+
+            return change
+
+        inverse = 1 / self.scale.double()
+        own = self.source._parameters
+        if self.pair.kind == "norm":
+            assert own["weight"] is not None
+            yield f"{self.pair.source}.weight", own["weight"], times(inverse, self.pair.plus)
+        else:
+            yield f"{self.pair.source}.weight", QuantizedLinear.matrix(self.source), times(inverse[:, None])
+        if (bias := own.get("bias")) is not None:
+            yield f"{self.pair.source}.bias", bias, times(inverse)
+        for layer in self.readers:
+            yield f"{layer.name}.weight", layer.matrix, times(self.scale)
+
+    @property
+    def record(self) -> SmoothedPair:
+        """What was done."""
+        after = float((self.largest / self.scale).amax())
+        return SmoothedPair(self.pair.source, self.pair.readers, self.found, float(self.largest.amax()), after)
+
+
+def scales(largest: Tensor, columns: Tensor, alpha: float) -> Tensor:
+    """SmoothQuant's factor for every channel, float32: ``largest`` of the inputs, ``columns`` of the weights [in].
+
+    1 for a channel that is always 0 on one side: nothing is known of it.
+    """
+    x, w = largest.double().clamp_min(LEAST), columns.double().clamp_min(LEAST)
+    found = (x**alpha / w ** (1 - alpha)).clamp_min(LEAST)
+    return found.where((largest != 0) & (columns != 0), 1.0).float()
+
+
+def power_of_two(scale: Tensor) -> Tensor:
+    """The nearest power of two to each positive number."""
+    return torch.exp2(scale.log2().round())
+
+
+def _largest(matrix: Tensor, dim: int) -> Tensor:
+    low, high = matrix.detach().aminmax(dim=dim)
+    return torch.maximum(-low, high).float().cpu()
+
+
+def _why_not(layer: Layer) -> str:
+    return f"{layer.name} is no linear layer, and only those are smoothed"
+
+
+def _choose(
+    found: Iterable[Pair], wanted: Mapping[str, tuple[Alpha, Scheme]], decided: Iterable[Layer]
+) -> list[tuple[Pair, Alpha]]:
+    """The pairs with a reader that is to be smoothed, and their α; readers that stay in float follow the others."""
+    eight_bit = {layer.name for layer in decided}
+    chosen = []
+    for pair in found:
+        asked = {name: wanted[name][0] if name in wanted else None for name in pair.readers if name in eight_bit}
+        kinds = dict.fromkeys(asked.values())
+        if len(kinds) > 1:
+            told = ", ".join(f"{name}: {'none' if how is None else how}" for name, how in asked.items())
+            raise OctavoError(
+                f"all that reads the result of {pair.source} is smoothed together, but the rules say {told}; give "
+                "these layers the same smooth"
+            )
+        if asked and (how := next(iter(kinds))) is not None:
+            chosen.append((pair, how))
+    return chosen
+
+
+def _watch(
+    model: nn.Module,
+    chosen: Iterable[tuple[Pair, Alpha]],
+    batches: Iterable[Any],
+    call: Call | None,
+    track: Track | None,
+) -> Calibration:
+    """What every reader's input channels hold."""
+    channels = PerChannel(-1)
+    observers: dict[str, Observer] = {}
+    for pair, how in chosen:
+        for name in pair.readers:
+            observers[name] = Sample(granularity=channels) if how == "search" else MinMax(granularity=channels)
+    return Calibration(observers).run(model, batches, call=call, track=track)
+
+
+def _tried(model: nn.Module, work: list[_Work], example: Any, call: Call | None, left: dict[str, str]) -> list[_Work]:
+    """The pairs whose scale really reaches all readers and nothing else, tried on the example; why not goes to left."""
+
+    def leave(one: _Work, why: str) -> None:
+        work.remove(one)
+        left.update(dict.fromkeys((x.name for x, scheme in zip(one.readers, one.schemes, strict=True) if scheme), why))
+
+    for one in list(work):
+        if (why := one.obstacle()) is not None:
+            leave(one, why)
+    expected, result = _run(model, work, example, call, scaled=False)
+    while work:
+        seen, scaled_result = _run(model, work, example, call, scaled=True)
+        wrong = [one for one in work if not all(_close(expected[n], seen.get(n)) for n in one.pair.readers)]
+        if wrong:  # those behind it may only be its victims
+            leave(wrong[0], f"scaling the result of {wrong[0].pair.source} does more than scale its input")
+        elif all(map(_close, result, scaled_result)):
+            break
+        else:
+            raise OctavoError(
+                f"{type(model).__name__} gives another result when the layers' inputs are the same; nothing was "
+                "changed. Does it depend on chance, or on what ran before?"
+            )
+    return work
+
+
+def _run(
+    model: nn.Module, work: Iterable[_Work], example: Any, call: Call | None, scaled: bool
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Rows of what the readers read, and the model's result; with scales moved as they would be, but by hooks.
+
+    The scales are powers of two here, so that the result is the same bit for bit.
+    """
+    rows: dict[str, Tensor] = {}
+    handles = []
+
+    def reading(name: str, factor: Tensor | None) -> Callable[..., Any]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = args[0] if args else next(iter(kwargs.values()))
+            x = x if factor is None else x * factor.to(x)
+            rows[name] = x.detach().reshape(-1, x.shape[-1])[:TRIED].clone()
+            return ((x, *args[1:]), kwargs) if args else (args, {next(iter(kwargs)): x})
+
+        return look
+
+    def making(factor: Tensor) -> Callable[..., Any]:
+        return lambda module, args, y: y / factor.to(y)
+
+    with evaluating(model), eagerly(model), undisturbed(model), torch.no_grad():
+        try:
+            for one in work:
+                factor = power_of_two(one.scale) if scaled else None
+                if factor is not None:
+                    handles.append(one.source.register_forward_hook(making(factor)))
+                for layer in one.readers:
+                    look = reading(layer.name, factor)
+                    handles.append(layer.module.register_forward_pre_hook(look, with_kwargs=True))
+            result = enter(model, example, call)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return rows, [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _close(expected: Tensor, seen: Tensor | None) -> bool:
+    if seen is None or expected.shape != seen.shape:
+        return False
+    if expected.numel() == 0:
+        return True
+    slack = SLACK * float(expected.abs().max())
+    return torch.allclose(seen, expected, rtol=SLACK, atol=slack * 1e-3, equal_nan=True)
