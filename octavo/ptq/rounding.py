@@ -7,6 +7,7 @@ layers before it have left over, which one pass over a model that is float every
 model has changed until all is done.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,9 @@ from octavo.errors import OctavoError
 from octavo.nn.layer import QuantizedLayer
 from octavo.nn.linear import QuantizedLinear
 from octavo.nn.swap import Layer
+from octavo.ops.outliers import column_peaks
 from octavo.ptq.gptq import GPTQ, Inverse, Moments
+from octavo.ptq.rules import Rule, catches_all
 
 #: Rounds a matrix to the nearest, with scales of its own: what a layer's weight becomes without data.
 Nearest = Callable[[Tensor], tuple[Scheme, QTensor]]
@@ -44,12 +47,34 @@ class Job:
     result: tuple[Scheme, QTensor] | None = field(default=None, init=False)
 
 
-def obstacle(layer: Layer, shared: bool) -> str | None:
-    """Why a layer's weight cannot be rounded by data, or None; ``shared``: whether other 8-bit layers have it too."""
+def rounded_by_data(deciding: Mapping[Layer, Rule]) -> tuple[list[str], list[str]]:
+    """The layers whose rules round them by data, by name, and notes on those that cannot be.
+
+    ``deciding``: every layer that becomes 8-bit, with its rule. Raises ``OctavoError`` where a rule for certain layers
+    asks for what cannot be; a rule for all means: where it can.
+    """
+    sharing = Counter(id(layer.owner) for layer in deciding)
+    names, refused = [], []
+    for layer, rule in deciding.items():
+        if rule.rounding == "nearest":
+            continue
+        why = _obstacle(layer, sharing[id(layer.owner)] > 1)
+        if why is None:
+            names.append(layer.name)
+        elif catches_all(rule):
+            refused.append(f"{layer.name} is rounded to the nearest: {why}")
+        else:
+            raise OctavoError(f"{layer.name} cannot be rounded by GPTQ: {why}; use rounding='nearest' in its rule")
+    if refused and not names:
+        raise OctavoError(f"no layer can be rounded by GPTQ; {refused[0]}")
+    return names, refused
+
+
+def _obstacle(layer: Layer, shared: bool) -> str | None:
     if layer.eight_bit is not QuantizedLinear:
-        return f"{layer.kind} is no linear layer, and only those are rounded by GPTQ"
+        return f"it is no linear layer ({layer.kind})"
     if shared:
-        return "it shares its weight with another layer, and both would move it"
+        return "it shares its weight with another layer, whose inputs are others"
     return None
 
 
@@ -59,6 +84,7 @@ def round_weights(
     batches: Iterable[Any],
     how: GPTQ = GPTQ(),  # noqa: B008 - it is frozen
     *,
+    allow_unreached: bool = False,
     call: Call | None = None,
     track: Track | None = None,
 ) -> dict[str, tuple[Scheme, QTensor]]:
@@ -66,7 +92,7 @@ def round_weights(
 
     ``jobs`` come in the model's order; ``batches`` and ``call`` as for calibration, but all batches are in memory
     together. The model stays as it is. Raises ``OctavoError`` for no data, and with the layer's name for NaN or Inf in
-    its input, and for a layer that one batch calls several times.
+    its input, for a layer that one batch calls several times, and, unless ``allow_unreached``, for one without data.
     """
     held = list(several(batches))
     if not held:
@@ -77,6 +103,13 @@ def round_weights(
     with evaluating(model), eagerly(model), torch.no_grad():
         walk(runs, {job.layer.name: job.layer.module for job in jobs}, work.visit, work.answer)
     work.finish()
+    unreached = [job.layer.name for job in jobs if job.by_data and job.result is None]
+    if unreached and not allow_unreached:
+        raise OctavoError(
+            f"{len(unreached)} layers that GPTQ is to round saw no data: {', '.join(unreached[:5])}. Pass data that "
+            "reaches them, round them to the nearest by a rule of their own, or by allow_uncalibrated=True "
+            "(--allow-uncalibrated)"
+        )
     return {job.layer.name: job.result for job in jobs if job.result is not None}
 
 
@@ -171,7 +204,13 @@ def _input(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _seen(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """The input […, K] as rows [T, K] of the numbers that the 8-bit layer multiplies."""
     rows = x.flatten(0, -2)
-    return rows if layer.scheme.input is None else layer.quantize_input(rows).dequantize(torch.float32)
+    if layer.scheme.input is None:
+        return rows
+    threshold = layer.scheme.outliers
+    large = None if threshold is None else column_peaks(rows) > threshold  # these columns stay as they are
+    rest = rows if large is None else rows.masked_fill(large, 0)
+    seen = layer.quantize_input(rest).dequantize(torch.float32)
+    return seen if large is None else torch.where(large, rows.float(), seen)
 
 
 def _cast_alike(one: QuantizedLayer, other: QuantizedLayer) -> bool:

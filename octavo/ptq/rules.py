@@ -169,18 +169,19 @@ def _decide(model: nn.Module, found: Sequence[Layer], rules: Rules) -> dict[Laye
         else:
             assert isinstance(rule.scheme, Scheme)
             refusal = layer.refusal(rule.scheme)
-            if refusal is not None and not _catches_all(rule):
+            if refusal is not None and not catches_all(rule):
                 raise OctavoError(f"{layer.name}: {refusal}")
             verdict[layer] = refusal or layer.eight_bit.runs(rule.scheme)
     for rule in ordered:
-        if rule not in used and not _catches_all(rule):  # a catch-all may well find nothing left to decide
+        if rule not in used and not catches_all(rule):  # a catch-all may well find nothing left to decide
             raise _unmatched(rule, ordered, found)
     if not any(isinstance(v, Scheme) for v in verdict.values()):
         raise _nothing(ordered, verdict)
     return {layer: (verdict[layer], decided_by[layer]) for layer in found}
 
 
-def _catches_all(rule: Rule) -> bool:
+def catches_all(rule: Rule) -> bool:
+    """Whether the rule speaks of every layer, and so of none in particular."""
     return rule.name == "*" and rule.type is None
 
 
