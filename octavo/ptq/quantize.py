@@ -5,15 +5,16 @@ Everything that can go wrong is looked for first, over the whole model, so that 
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from octavo.calibration.batches import Call, Track
+from octavo.calibration.batches import Call, Track, several
 from octavo.calibration.minmax import MinMax
 from octavo.calibration.observer import Observer
 from octavo.calibration.run import Calibration
@@ -24,13 +25,18 @@ from octavo.core.schemes import Scheme, describe
 from octavo.errors import OctavoError
 from octavo.nn import swap
 from octavo.nn.swap import Layer
-from octavo.ptq.rules import Rules, assign
+from octavo.ptq.rounding import Job, round_weights, rounded_by_data
+from octavo.ptq.rules import Rounding, Rules, assign, deciding
+from octavo.ptq.smooth import Smoothing, requested, smoothed
 from octavo.ptq.stacks import stacks, watch
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: its scheme in words (None if left alone; ``reason`` says why), bytes, and the weight's SQNR in dB."""
+    """One layer: its scheme in words (None if left alone; ``reason`` says why), bytes, the weight's SQNR in dB.
+
+    ``rounding``: how the weight was rounded.
+    """
 
     name: str
     kind: str
@@ -39,17 +45,22 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     sqnr: float | None = None
+    rounding: Rounding = "nearest"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What ``quantize_`` did: every layer with weights, the model's bytes before and after, the seconds it took."""
+    """What ``quantize_`` did: every layer with weights, the model's bytes before and after, the seconds it took.
+
+    ``smoothing``: the pairs that were smoothed, if a rule asked for it.
+    """
 
     layers: list[LayerReport]
     bytes_before: int
     bytes_after: int
     seconds: float
     notes: list[str] = field(default_factory=list)
+    smoothing: Smoothing | None = None
 
     @property
     def quantized(self) -> list[LayerReport]:
@@ -65,7 +76,9 @@ class Summary:
         """Rows (scheme or reason, kind, layers, bytes before, bytes after, names) for a table; 8-bit ones first."""
         rows: dict[tuple[bool, str, str], list[LayerReport]] = {}
         for layer in self.layers:
-            rows.setdefault((layer.scheme is None, layer.scheme or layer.reason, layer.kind), []).append(layer)
+            what = layer.scheme or layer.reason
+            what += "" if layer.rounding == "nearest" else f", rounded by {layer.rounding.upper()}"
+            rows.setdefault((layer.scheme is None, what, layer.kind), []).append(layer)
         ordered = sorted(rows.items(), key=lambda row: (row[0][0], -sum(x.bytes_before for x in row[1])))
         return [
             (what, kind, len(xs), sum(x.bytes_before for x in xs), sum(x.bytes_after for x in xs), [x.name for x in xs])
@@ -101,33 +114,54 @@ def quantize_(
 
     ``rules``: a scheme or its name for all but the output head; ``{name pattern: scheme or None}``; or a list of
     ``Rule``. ``data``: batches (see ``Calibration.run``) or a finished ``Calibration``, for schemes with static input
-    scales; ``observer`` says what range is made of them, ``weight_observer`` the same for weights (None: all of their
-    range). A layer that saw no data is an error, or stays in float under ``allow_uncalibrated``. ``track`` wraps loops
-    to show progress.
+    scales; for rules that smooth (see ``smooth_``) or round by "gptq" it is batches. ``observer`` says what range is
+    made of them, ``weight_observer`` the same for weights (None: all of their range). A layer that saw no data is an
+    error; under ``allow_uncalibrated`` it stays in float, or is rounded to the nearest. ``track`` wraps loops to show
+    progress.
 
     Raises ``OctavoError`` before anything is changed if a rule or scheme matches nothing, nothing is left to quantize,
-    calibration fails or is missing, an observer does not suit a scheme, or a weight is on the meta device or holds NaN,
-    Inf or what float32 cannot hold.
+    calibration or smoothing fails or lacks data, an observer does not suit a scheme, or a weight is on the meta device
+    or holds NaN, Inf or what float32 cannot hold.
     """
     started = time.perf_counter()
     verdict = check(model, rules)
     if weight_observer is not None:
         _check_observer(weight_observer, {x.name: s.weight for x, s in verdict.items() if isinstance(s, Scheme)})
-    calibration = _calibration(model, verdict, data, observer, track)
-    if calibration is not None and calibration.unreached:
-        _uncalibrated(verdict, calibration, allow_uncalibrated)
-    chosen = [(layer, scheme) for layer, scheme in verdict.items() if isinstance(scheme, Scheme)]
+    by_data, notes = rounded_by_data(deciding(model, list(verdict), rules))
+    batches: list[Any] = []
+    for what, needing in (("smoothed", list(requested(model, rules))), ("rounded by GPTQ", by_data)):
+        if needing:
+            data = batches = _kept(data, needing, what)
+    static = bool(_observers(verdict, observer))
+    rounded: dict[str, tuple[Scheme, QTensor]] = {}
+    stacked: dict[str, Observer] = {}
+    with smoothed(model, rules, batches, track, restorable=static or bool(by_data)) as smoothing:
+        calibration = _calibration(model, verdict, data, observer, track)
+        if calibration is not None and calibration.unreached:
+            _uncalibrated(verdict, calibration, allow_uncalibrated)
+        chosen = [(layer, scheme) for layer, scheme in verdict.items() if isinstance(scheme, Scheme)]
+        inputs = {layer.name: _input_scales(layer, scheme, calibration) for layer, scheme in chosen}
+        for stack in stacks(chosen):
+            stacked |= dict.fromkeys((layer.name for layer in stack), watch(stack, weight_observer or MinMax()))
+        if by_data:
+            jobs = []
+            for layer, _ in chosen:
+                scheme, scales = inputs[layer.name]
+                nearest = partial(_quantize_weight, scheme, weight_observer, stacked.get(layer.name))
+                jobs.append(Job(layer, nearest, scales, layer.name in by_data))
+            rounded = round_weights(model, jobs, batches, allow_unreached=allow_uncalibrated, track=track)
+            del jobs
     before = model_bytes(model)
     reports = {x.name: LayerReport(x.name, x.kind, None, str(verdict[x]), x.nbytes, x.nbytes) for x in verdict}
-    inputs = {layer.name: _input_scales(layer, scheme, calibration) for layer, scheme in chosen}
-    notes = _notes(verdict)
-    if data is not None and calibration is None:
+    notes += _notes(verdict)
+    if smoothing is not None:
+        notes += smoothing.notes()
+    if data is not None and calibration is None and not by_data and smoothing is None:
         notes.append("the data was not used: no layer has a static input scale")
-    stacked: dict[str, Observer] = {}
-    for stack in stacks(chosen):
-        stacked |= dict.fromkeys((layer.name for layer in stack), watch(stack, weight_observer or MinMax()))
     if stacked:
         notes.append(f"{len(stacked)} layers share one weight scale with those that engines stack them with")
+    if lost := [name for name in by_data if name not in rounded]:
+        notes.append(f"{', '.join(lost)}: saw no data, rounded to the nearest")
     owners = Counter(id(layer.owner) for layer, _ in chosen)
     shared: dict[tuple[int, Cast], tuple[Layer, QTensor]] = {}
     names, queue = [layer.name for layer, _ in chosen], deque(chosen)
@@ -135,16 +169,22 @@ def quantize_(
     for _ in track(names, "quantizing") if track else names:
         layer, scheme = queue.popleft()
         scheme, scales = inputs.pop(layer.name)
-        scheme, weight = _quantize_weight(layer, scheme, weight_observer, stacked.get(layer.name))
+        rounding: Rounding = "gptq" if layer.name in rounded else "nearest"
+        found = rounded.pop(layer.name, None)
+        scheme, weight = found or _quantize_weight(
+            scheme, weight_observer, stacked.get(layer.name), layer.matrix.detach()
+        )
         if owners[id(layer.owner)] > 1:  # one weight under several layers stays one weight
             _, weight = shared.setdefault((id(layer.owner), scheme.weight), (layer, weight))
         new = layer.eight_bit.replacing(layer.module, weight, scheme, **scales)
         quality = sqnr(layer.weight, new.weight)
         swap.replace(model, layer, new)
         after = sum(t.nbytes for t in new.buffers())
-        reports[layer.name] = LayerReport(layer.name, layer.kind, describe(scheme), "", layer.nbytes, after, quality)
+        words = describe(scheme)
+        reports[layer.name] = LayerReport(layer.name, layer.kind, words, "", layer.nbytes, after, quality, rounding)
     notes += no_smaller(reports.values())
-    return Summary(list(reports.values()), before, model_bytes(model), time.perf_counter() - started, notes)
+    seconds = time.perf_counter() - started
+    return Summary(list(reports.values()), before, model_bytes(model), seconds, notes, smoothing)
 
 
 def calibrate(
@@ -269,14 +309,25 @@ def _uncalibrated(verdict: dict[Layer, Scheme | str], calibration: Calibration, 
         raise OctavoError("no layer saw calibration data, so nothing would be quantized")
 
 
+def _kept(data: "Iterable[Any] | Calibration | None", layers: Sequence[str], what: str) -> list[Any]:
+    """The batches, to be read more than once."""
+    if data is None or isinstance(data, Calibration):
+        lack = "a finished Calibration has kept none" if data is not None else "there is none"
+        raise OctavoError(
+            f"{len(layers)} layers are {what} ({layers[0]}, …), which looks at data, and {lack}: pass batches as data, "
+            "or leave it out of the rules"
+        )
+    return list(several(data))
+
+
 def _quantize_weight(
-    layer: Layer, scheme: Scheme, observer: Observer | None, watcher: Observer | None
+    scheme: Scheme, observer: Observer | None, watcher: Observer | None, matrix: Tensor
 ) -> tuple[Scheme, QTensor]:
-    """The weight in 8 bits, its scales in its own dtype.
+    """The weight matrix in 8 bits, its scales in its own dtype.
 
     They span its whole range, or the one an observer finds, or what a ``watcher`` has seen of it and others.
     """
-    matrix, how = layer.matrix.detach(), scheme.weight
+    how = scheme.weight
     if watcher is None and (observer is None or isinstance(how.scale, Constant)):
         return scheme, quantize_unchecked(matrix, how, matrix.dtype)
     if watcher is None:

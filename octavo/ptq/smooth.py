@@ -11,6 +11,7 @@ models that would show, so there each s is the nearest power of two: nothing is 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -71,6 +72,17 @@ class Smoothing:
         """Plain data for ``json.dumps``."""
         return asdict(self)
 
+    def notes(self) -> list[str]:
+        """The same in two lines."""
+        done = [f"{len(self.pairs)} pairs are smoothed ({self.pairs[0]}{', …' if len(self.pairs) > 1 else ''})"]
+        if not self.left:
+            return done
+        name, why = next(iter(self.left.items()))
+        return [
+            *done,
+            f"{len(self.left)} layers could not be smoothed ({name}: {why}{', …' if len(self.left) > 1 else ''})",
+        ]
+
     def __str__(self) -> str:
         return "\n".join([*map(str, self.pairs), *(f"{name} stays: {why}" for name, why in self.left.items())])
 
@@ -94,19 +106,64 @@ def smooth_(
     Raises ``OctavoError``, before anything is changed, if there is nothing to smooth, no data, NaN, or if layers that
     read one result are to have different α.
     """
-    wanted = requested(model, rules, alpha)
+    work, left = _plan(model, requested(model, rules, alpha), data, rules, call, track)
+    for one in work:
+        one.apply()
+    return Smoothing([one.record for one in work], left)
+
+
+@contextmanager
+def smoothed(
+    model: nn.Module,
+    rules: Rules,
+    data: Iterable[Any],
+    track: Track | None = None,
+    *,
+    restorable: bool = False,
+) -> Iterator[Smoothing | None]:
+    """The model smoothed as its rules say, or None if they do not say so; ``data`` as for ``smooth_``.
+
+    If what is done meanwhile fails, a ``restorable`` model gets its old weights back, which are kept for so long.
+    """
+    wanted = requested(model, rules)
+    if not wanted:
+        yield None
+        return
+    work, left = _plan(model, wanted, data, rules, None, track)
+    changed = [parameter for one in work for parameter in one.parameters()] if restorable else []
+    before = [(parameter, parameter.detach().clone()) for parameter in dict.fromkeys(changed)]
+    try:
+        for one in work:
+            one.apply()
+        yield Smoothing([one.record for one in work], left)
+    except BaseException:
+        with torch.no_grad():
+            for parameter, values in before:
+                parameter.copy_(values)
+        raise
+
+
+def _plan(
+    model: nn.Module,
+    wanted: Mapping[str, tuple[Alpha, Scheme]],
+    data: Iterable[Any],
+    rules: Rules,
+    call: Call | None,
+    track: Track | None,
+) -> "tuple[list[_Work], dict[str, str]]":
+    """What there is to do, with all scales chosen and tried, and why other layers stay."""
     batches = iter(several(data))
     try:
         example = next(batches)
     except StopIteration:
         raise OctavoError("the calibration data held no batch; a generator can be read only once") from None
     found, left = find(model, example, call)
-    chosen = _choose(found, wanted, deciding(model, swap.layers(model), rules))
     layers = {x.name: x for x in swap.layers(model)}
-    left = {name: left.get(name) or _why_not(layers[name]) for name in wanted}
-    for pair, _ in chosen:
-        for name in pair.readers:
-            left.pop(name, None)
+    chosen = _choose(found, wanted, deciding(model, list(layers.values()), rules))
+    taken = {name for pair, _ in chosen for name in pair.readers}
+    left = {
+        name: left.get(name, "it is no linear layer, and only those are smoothed") for name in wanted.keys() - taken
+    }
     work: list[_Work] = []
     if chosen:
         seen = _watch(model, chosen, chain([example], batches), call, track)
@@ -116,10 +173,8 @@ def smooth_(
         work = _tried(model, work, example, call, left)
     if not work:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
-        raise OctavoError(f"nothing to smooth: {reasons or 'no rule asks for it'}")
-    for one in work:
-        one.apply()
-    return Smoothing([one.record for one in work], left)
+        raise OctavoError(f"nothing to smooth: {reasons or 'no layer becomes 8-bit'}")
+    return work, {name: left[name] for name in wanted if name in left}
 
 
 def requested(model: nn.Module, rules: Rules, alpha: Alpha | None = None) -> dict[str, tuple[Alpha, Scheme]]:
@@ -204,6 +259,11 @@ class _Work:
                 return f"{name} would not hold finite numbers of {str(parameter.dtype).removeprefix('torch.')}"
         return None
 
+    def parameters(self) -> list[Tensor]:
+        """All that ``apply`` changes."""
+        own = [self.source._parameters.get(name) for name in ("weight", "bias")]
+        return [x for x in (*own, *(layer.weight for layer in self.readers)) if x is not None]
+
     @torch.no_grad()
     def apply(self) -> None:
         """Change the weights."""
@@ -257,10 +317,6 @@ def power_of_two(scale: Tensor) -> Tensor:
 def _largest(matrix: Tensor, dim: int) -> Tensor:
     low, high = matrix.detach().aminmax(dim=dim)
     return torch.maximum(-low, high).float().cpu()
-
-
-def _why_not(layer: Layer) -> str:
-    return f"{layer.name} is no linear layer, and only those are smoothed"
 
 
 def _choose(
