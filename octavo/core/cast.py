@@ -180,7 +180,7 @@ def _quantize_rows(
     zero_point: Tensor | None = None,
 ) -> QTensor | None:
     """The same as below in one pass, where blocks lie along rows, or one given scale serves all; else None."""
-    numbers = _row_format(how.format, how.affine) if how.rounding == "nearest-even" else None
+    numbers = row_format(how.format, how.affine) if how.rounding == "nearest-even" else None
     if numbers is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not x.dim() or not x.numel():
         return None
     counts = scale_shape(tuple(x.shape), block)
@@ -201,7 +201,7 @@ def _quantize_rows(
 
 
 @lru_cache(maxsize=256)
-def _row_format(fmt: Format, affine: bool) -> ops.RowFormat | None:
+def row_format(fmt: Format, affine: bool) -> ops.RowFormat | None:
     """The format as ``ops.quantize_rows`` takes it, or None if it does not."""
     codes = torch.int8 if isinstance(fmt, IntegerFormat) and fmt.signed else torch.uint8
     if fmt.bits > 8 or fmt.stretch != 1 or fmt.code_dtype != codes:

@@ -12,12 +12,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from octavo import ops
 from octavo.core.cast import quantize_scaled, quantize_unchecked
+from octavo.core.layer import TABLES
 from octavo.core.qtensor import QTensor
 from octavo.core.schemes import Scheme, describe
 from octavo.errors import OctavoError
 
-KEPT = ("codes", "scale", "zero_point", "input_scale", "input_zero_point")  # ``Module.to(dtype)`` must not touch these
+KEPT = (
+    "codes",
+    "scale",
+    "zero_point",
+    "input_scale",
+    "input_zero_point",
+    *TABLES,
+)  # ``Module.to(dtype)`` must not touch these
 
 
 class QuantizedLayer(nn.Module):
@@ -47,6 +56,7 @@ class QuantizedLayer(nn.Module):
         input_zero_point: Tensor | None = None,
     ) -> None:
         super().__init__()
+        ops.native.bind()
         given = (input_scale is not None, input_zero_point is not None)
         if given != (scheme.static, scheme.static and scheme.input is not None and scheme.input.affine):
             raise OctavoError(f"{describe(scheme)} {'needs' if scheme.static else 'has no'} calibrated input scales")
@@ -144,11 +154,11 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":
         # codes and scales follow the module to another device, but keep their dtypes: rounded scales are other weights
-        before = {name: getattr(self, name) for name in KEPT}
+        before = {name: tensor for name in KEPT if (tensor := self._buffers.get(name)) is not None}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             moved = getattr(self, name)
-            if tensor is not None and moved.dtype != tensor.dtype:
+            if moved.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(moved.device))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["codes"].device)).dtype
         return self

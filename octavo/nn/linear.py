@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo import ops
+from octavo.core.layer import TABLES, plan
 from octavo.core.matmul import multiply
 from octavo.core.qtensor import QTensor
 from octavo.core.schemes import Scheme, describe
@@ -35,6 +37,9 @@ class QuantizedLinear(QuantizedLayer):
         super().__init__(weight, bias, scheme, **calibrated)
         self.transposed = transposed
         self.out_features, self.in_features = weight.shape
+        self.plan = plan(weight, scheme.input)
+        for name in TABLES:
+            self.register_buffer(name, getattr(self.plan, name, None), persistent=False)
 
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:
@@ -69,11 +74,20 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` […, in] to […, out], in ``x``'s dtype."""
-        if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise OctavoError(f"the layer takes floats […, {self.in_features}], not {x.dtype} {list(x.shape)}")
         if self.scheme.outliers is not None and may_hold(x, self.scheme.outliers):
             y = multiply_apart(self, x.reshape(x.shape[:-1].numel(), self.in_features))
             return self.activate(y).view(*x.shape[:-1], self.out_features)
+        how = self.plan
+        if how is not None and x.dtype != torch.float64:
+            has: dict[str, Any] = self._buffers  # quicker than attributes
+            weight = ops.Weight(has["codes"], has["scale"], how.rows, how.columns, has["table"])
+            if how.numbers is None:
+                return self.activate(ops.linear_weight_only(x, weight, has["bias"]))
+            scales = (has["input_table"], has["input_scale"], has["input_zero_point"])
+            settings = (how.affine, how.power_of_two)
+            return self.activate(ops.linear(x, weight, has["bias"], how.group, how.numbers, *scales, *settings))
         if self.scheme.input is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return self.activate(F.linear(x, self.quantized_weight.dequantize(x.dtype), bias))

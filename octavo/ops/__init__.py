@@ -1,6 +1,6 @@
 """Operators on raw tensors: ``schema`` declares them, ``reference`` is the law, ``cpu`` and ``cuda`` are the speed."""
 
-from octavo.ops import cpu, cuda, reference
+from octavo.ops import cpu, cuda, native, reference
 from octavo.ops.schema import (
     OVERFLOWS,
     ROUNDINGS,
@@ -8,6 +8,7 @@ from octavo.ops.schema import (
     Rounding,
     RowFormat,
     SumGrid,
+    Weight,
     accumulate_mm,
     accumulate_mm_aligned,
     accumulate_mm_integer,
@@ -16,6 +17,8 @@ from octavo.ops.schema import (
     encode,
     float_mm,
     int_mm,
+    linear,
+    linear_weight_only,
     quantize_rows,
     scale_sums,
     scaled_mm,
@@ -28,6 +31,7 @@ __all__ = [
     "Rounding",
     "RowFormat",
     "SumGrid",
+    "Weight",
     "accumulate_mm",
     "accumulate_mm_aligned",
     "accumulate_mm_integer",
@@ -38,6 +42,9 @@ __all__ = [
     "encode",
     "float_mm",
     "int_mm",
+    "linear",
+    "linear_weight_only",
+    "native",
     "quantize_rows",
     "reference",
     "scale_sums",

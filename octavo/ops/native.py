@@ -33,11 +33,15 @@ from octavo.ops.schema import OVERFLOWS, ROUNDINGS, RowFormat
 
 FOLDER = Path(__file__).parent
 LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # sources, and the flags of their own
-    "native": (("cast.c", "rows.c", "product.c"), ("-ffp-contract=off",)),  # each step of scaling rounds
+    # each step of scaling rounds
+    "native": (("cast.c", "rows.c", "product.c", "linear.c"), ("-std=c11", "-ffp-contract=off")),
+    "fake_quantize": (("fake_quantize.c",), ("-std=c11", "-ffp-contract=off")),
     # its products are exact: fusing them with a sum changes no result
-    "accumulate": (("accumulate.c",), ("-ffp-contract=fast",)),
+    "accumulate": (("accumulate.c",), ("-std=c11", "-ffp-contract=fast")),
+    "binding": (("binding.cpp",), ("-std=c++17",)),
 }
-FLAGS = ("-O3", "-std=c11", "-fPIC", "-fno-trapping-math")  # floats only convert: traps are of no interest
+COMPILERS = {".c": ("CC", "cc", "gcc", "clang"), ".cpp": ("CXX", "c++", "g++", "clang++")}
+FLAGS = ("-O3", "-fPIC", "-fno-trapping-math")  # floats only convert: traps are of no interest
 INSTRUCTION_SETS = ("scalar", "AVX2", "AVX-512", "AVX-512 BF16")  # by octavo_isa()'s numbers
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)  # by common.h's numbers
 LONGEST = 1 << 16  # integers: 2**16 · 255 · 128 < 2**31, so no int32 sum overflows
@@ -87,7 +91,7 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("a", "b", "a_table", "b_table")),
         *((name, ctypes.c_int64) for name in ("lda", "ldb")),
         *((name, ctypes.c_void_p) for name in ("left", "right", "zeros")),
-        *((name, ctypes.c_int64) for name in ("left_row", "left_span", "right_row", "right_span")),
+        *((name, ctypes.c_int64) for name in ("left_row", "left_span", "right_row", "right_span", "right_rows")),
         *((name, ctypes.c_void_p) for name in ("bias", "c")),
         *((name, ctypes.c_int64) for name in ("m", "n", "k", "stretch")),
         *((name, ctypes.c_int32) for name in ("kind", "out", "flip")),
@@ -117,6 +121,19 @@ def library(name: str = "native") -> ctypes.CDLL | None:
 def status() -> str:
     """One line for people: the file in use and its instruction set, or why there is none."""
     return _loaded("native")[1]
+
+
+@functools.cache
+def bind() -> str:
+    """Make ``binding.cpp`` the CPU's ``linear`` and ``linear_weight_only``, where it can be: one line that says so."""
+    kernels = library()
+    if kernels is None or INSTRUCTION_SETS[_instruction_set()] != "AVX-512 BF16":
+        return "layers run step by step: the fused kernels need AVX-512 BF16 and VNNI"
+    binding, status = _loaded("binding")
+    if binding is None:
+        return f"layers run step by step: {status}"
+    binding.octavo_bind(ctypes.cast(kernels.octavo_linear, ctypes.c_void_p), _instruction_set())
+    return "layers run in one call"
 
 
 def cast(
@@ -331,6 +348,7 @@ def scaled_mm(
         n=n,
         k=k,
         stretch=stretch,
+        right_rows=1,
         kind=integers,
         out=OUTPUTS.index(dtype),
         flip=0x80 if a.dtype == torch.int8 else 0,
@@ -479,9 +497,10 @@ def _load(name: str) -> tuple[ctypes.CDLL | None, str]:
     """The library and its status line, or None and the reason. Tried in the cache folder, then in a temporary one."""
     if os.environ.get("OCTAVO_NATIVE") == "0":
         return None, "no native kernels: OCTAVO_NATIVE=0"
-    compiler = _compiler()
+    suffix = Path(LIBRARIES[name][0][0]).suffix
+    compiler = _compiler(suffix)
     if compiler is None:
-        return None, "no native kernels: no C compiler found (CC, cc, gcc, clang)"
+        return None, f"no native kernels: no C{'++' * (suffix != '.c')} compiler found ({', '.join(COMPILERS[suffix])})"
     reason = ""
     for prepare in (_cache_folder, _temporary_folder):
         try:
@@ -499,9 +518,10 @@ def _load(name: str) -> tuple[ctypes.CDLL | None, str]:
     return None, f"no native kernels: {reason}"
 
 
-def _compiler() -> list[str] | None:
+def _compiler(suffix: str) -> list[str] | None:
     """The compiler's command line so far: ``$CC``, which may carry options, or the first of the usual names."""
-    for candidate in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+    variable, *usual = COMPILERS[suffix]
+    for candidate in (os.environ.get(variable, ""), *usual):
         words = candidate.split()
         if words and shutil.which(words[0]):
             return words
@@ -532,7 +552,12 @@ def _compiled(name: str, compiler: list[str], folder: Path) -> Path:
     sources, own = LIBRARIES[name]
     # clang's OpenMP is another library than torch's; gcc's is the same
     command = [*compiler, *FLAGS, *own, "-fopenmp-simd" if b"clang" in version else "-fopenmp"]
-    recipe = repr((command, version, platform.machine())).encode()
+    linked: list[str] = []
+    if name == "binding":
+        home = Path(torch.__file__).parent
+        command.append(f"-I{home / 'include'}")
+        linked = [f"-L{home / 'lib'}", "-ltorch_cpu"]
+    recipe = repr((command, version, platform.machine(), torch.__version__)).encode()
     for part in (*sources, *sorted(path.name for path in FOLDER.glob("*.h"))):
         recipe += (FOLDER / part).read_bytes()
     path = folder / f"{name}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
@@ -547,7 +572,7 @@ def _compiled(name: str, compiler: list[str], folder: Path) -> Path:
             made = [pool.submit(run, "-c", FOLDER / s, "-o", o) for s, o in zip(sources, objects, strict=True)]
             for task in made:
                 task.result()
-            run("-shared", *objects, "-o", Path(aside, path.name))
+            run("-shared", *objects, *linked, "-o", Path(aside, path.name))
             os.replace(Path(aside, path.name), path)
     return path
 
@@ -555,11 +580,19 @@ def _compiled(name: str, compiler: list[str], folder: Path) -> Path:
 def _declared(name: str, lib: ctypes.CDLL) -> ctypes.CDLL:
     """``lib`` with the signatures of its source."""
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    if name == "binding":
+        lib.octavo_bind.argtypes = (pointer, number)
+        lib.octavo_bind.restype = None
+        return lib
     if name == "accumulate":
         lib.octavo_survey.argtypes = (pointer, count, pointer)
         lib.octavo_survey.restype = None
         lib.octavo_accumulate.argtypes = (*(pointer,) * 3, count, count, pointer, number, number, number)
         lib.octavo_accumulate.restype = None
+        return lib
+    if name == "fake_quantize":
+        lib.octavo_fake_quantize.argtypes = (pointer, number, number)
+        lib.octavo_fake_quantize.restype = number
         return lib
     lib.octavo_isa.argtypes = ()
     lib.octavo_isa.restype = number

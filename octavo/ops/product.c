@@ -1,5 +1,5 @@
 /* The product of two matrices of codes. */
-#include "common.h"
+#include "product.h"
 
 /* ---- products of codes ------------------------------------------------------------------------------------------
  *
@@ -17,21 +17,6 @@
  * sum of B's row, modulo 2^32. No thread count changes a result; but few rows of floats are summed in another order
  * (dots), so a row's last bits can depend on how many rows come with it. */
 
-enum { FLOATS, INTEGERS };          /* what is multiplied: bfloat16, or int8 in B and bytes in A */
-
-typedef struct {
-    const void *a, *b;              /* bfloat16, or bytes: integers, or codes where there is a table */
-    const uint16_t *a_table, *b_table; /* the bfloat16 of each of 256 codes, or NULL */
-    int64_t lda, ldb;               /* elements between rows */
-    const float *left, *right;      /* scales, left[m * left_row + stretch / left_span]; NULL: none */
-    const int32_t *zeros;           /* A's zero points, laid out as left; NULL: none */
-    int64_t left_row, left_span, right_row, right_span; /* span: stretches that share a scale */
-    const float *bias;              /* n of them, or NULL */
-    void *c;
-    int64_t m, n, k, stretch;
-    int32_t kind, out, flip;        /* flip: what is xored to bytes of A to make them unsigned */
-} Product;
-
 #if defined(__x86_64__)
 
 #define AVX512_DOTS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni" WIDE)))
@@ -41,6 +26,9 @@ enum { LANES = 16, PANEL = 3, STRIP = LANES * PANEL, LOT = 48, DEPTH = 1024, FEW
 /* Sums of either kind, as 32-bit words. */
 INLINE AVX512_DOTS __m512i dot(int kind, __m512i sum, __m512i a, __m512i b) {
     if (kind == INTEGERS) return _mm512_dpbusd_epi32(sum, a, b);
+    if (kind == REALS)
+        return _mm512_castps_si512(
+            _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), _mm512_castsi512_ps(sum)));
     return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)a, (__m512bh)b));
 }
 
@@ -85,6 +73,18 @@ INLINE AVX512_DOTS __m512i load_codes(Table t, const uint8_t *p, int64_t n) {
     if (n >= 32) return look_up(t, _mm256_loadu_si256((const void *)p));
     const __mmask32 mask = n > 0 ? (1u << n) - 1 : 0;
     return _mm512_maskz_mov_epi16(mask, look_up(t, _mm256_maskz_loadu_epi8(mask, p)));
+}
+
+/* Up to 16 float32s from codes; int8 where there is no table. */
+INLINE AVX512_DOTS __m512i load_reals(int coded, Table t, const uint8_t *p, int64_t n) {
+    const __mmask16 mask = n >= 16 ? 0xFFFF : n > 0 ? (1u << n) - 1 : 0;
+    const __m128i codes = _mm_maskz_loadu_epi8(mask, p);
+    if (!coded) return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)));
+    const __m512i numbers = look_up(t, _mm256_castsi128_si256(codes));
+    return _mm512_maskz_slli_epi32(mask, _mm512_cvtepu16_epi32(_mm512_castsi512_si256(numbers)), 16);
+}
+INLINE AVX512_DOTS __m512i load_floats(const float *p, int64_t n) {
+    return _mm512_castps_si512(_mm512_maskz_loadu_ps(n >= 16 ? 0xFFFF : n > 0 ? (1u << n) - 1 : 0, p));
 }
 
 /* Turns rows into columns, for 16 by 16 words: by ones and twos within quarters, then the quarters. */
@@ -294,7 +294,7 @@ INLINE AVX512_DOTS void lot(int kind, const Product *p, const Packed *a, int64_t
     if (kind == INTEGERS) sum_lot(p, j0, n, totals);
     for (int64_t s = 0; s < stretches; s++)
         for (int64_t j = 0; j < LOT; j++) {
-            rights[s * LOT + j] = j < n && p->right ? p->right[(j0 + j) * p->right_row + s / p->right_span] : 0;
+            rights[s * LOT + j] = j < n && p->right ? p->right[(j0 + j) / p->right_rows * p->right_row + s / p->right_span] : 0;
             if (j >= n) totals[s * LOT + j] = 0;
         }
     for (int64_t strip = first; strip < last; strip++) {
@@ -351,81 +351,110 @@ INLINE AVX512_DOTS __m512i sums_of(int kind, __m512i r[16]) {
     return r[0];
 }
 
-/* For few rows of A: one, or up to four, against four of B, along k, at the speed B comes from memory. */
-INLINE AVX512_DOTS void dots(int kind, int coded, int rows, const Product *p, const char *a, int64_t lda, int64_t j0) {
-    enum { columns = 4 };
-    const int64_t size = kind == INTEGERS ? 1 : 2, step = 64 / size, bytes = coded ? 1 : size, n = p->n - j0;
-    float y[4][columns];
+/* For few rows of A against some of B, along k, at the speed B comes from memory. rows * columns is at most 16.
+ * SIGNED are integers as they are: B's sign bits are turned, and 128 times the sum of A comes out again. */
+enum { SIGNED = REALS + 1 };
+
+INLINE AVX512_DOTS void dots(int kind, int coded, int rows, int columns, const Product *p, const char *a, int64_t lda,
+                             int64_t j0) {
+    const int whole = kind == INTEGERS || kind == SIGNED;
+    const int64_t size = whole ? 1 : kind == FLOATS ? 2 : 4, step = 64 / size, n = p->n - j0;
+    const int64_t bytes = coded || kind == REALS ? 1 : size;
+    const __m512i one = _mm512_set1_epi8(1), flip = _mm512_set1_epi8((char)0x80);
+    __m512 y = _mm512_setzero_ps(); /* of i, j at i * columns + j, as all below */
     Table table;
     if (coded) table = table_of(p->b_table);
     for (int64_t s = 0; s < stretches_of(p); s++) {
-        __m512i sum[16], total[columns]; /* of i, j at i * columns + j */
-        const char *left[4], *right[columns];
+        __m512i sum[16], total[8], ones[4];
+        const char *left[4], *right[16];
         const int64_t k = least(p->k - s * p->stretch, p->stretch);
         UNROLL for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_si512();
-        UNROLL for (int i = 0; i < rows; i++) left[i] = a + least(i, p->m - 1) * lda + s * p->stretch * size;
-        UNROLL for (int j = 0; j < columns; j++) {
-            right[j] = (const char *)p->b + ((j0 + least(j, n - 1)) * p->ldb + s * p->stretch) * bytes;
-            total[j] = _mm512_setzero_si512();
+        UNROLL for (int j = 0; j < 8; j++) total[j] = _mm512_setzero_si512();
+        UNROLL for (int i = 0; i < rows; i++) {
+            left[i] = a + least(i, p->m - 1) * lda + s * p->stretch * size;
+            ones[i] = _mm512_setzero_si512();
         }
+        UNROLL for (int j = 0; j < columns; j++)
+            right[j] = (const char *)p->b + ((j0 + least(j, n - 1)) * p->ldb + s * p->stretch) * bytes;
         for (int64_t c = 0; c < k; c += step) {
             __m512i x[4];
-            UNROLL for (int i = 0; i < rows; i++)
-                x[i] = kind == FLOATS ? load16((const uint16_t *)left[i] + c, k - c)
-                                      : load8((const uint8_t *)left[i] + c, k - c);
+            UNROLL for (int i = 0; i < rows; i++) {
+                x[i] = kind == FLOATS  ? load16((const uint16_t *)left[i] + c, k - c)
+                       : kind == REALS ? load_floats((const float *)left[i] + c, k - c)
+                                       : load8((const uint8_t *)left[i] + c, k - c);
+                if (kind == SIGNED) ones[i] = _mm512_dpbusd_epi32(ones[i], one, x[i]);
+            }
             UNROLL for (int j = 0; j < columns; j++) {
                 __m512i w;
-                if (coded) w = load_codes(table, (const uint8_t *)right[j] + c, k - c);
+                if (kind == REALS) w = load_reals(coded, table, (const uint8_t *)right[j] + c, k - c);
+                else if (coded) w = load_codes(table, (const uint8_t *)right[j] + c, k - c);
                 else if (kind == FLOATS) w = load16((const uint16_t *)right[j] + c, k - c);
                 else w = load8((const uint8_t *)right[j] + c, k - c);
-                if (kind == INTEGERS) total[j] = _mm512_dpbusd_epi32(total[j], _mm512_set1_epi8(1), w);
-                UNROLL for (int i = 0; i < rows; i++) sum[i * columns + j] = dot(kind, sum[i * columns + j], x[i], w);
-            }
-        }
-        union { __m512i vector; int32_t whole[16]; float real[16]; } found, totals;
-        if (rows == 1)
-            UNROLL for (int j = 0; j < columns; j++) sum[columns + j] = total[j];
-        found.vector = sums_of(kind, sum);
-        if (kind == INTEGERS && rows > 1)
-            UNROLL for (int j = 0; j < columns; j++) totals.whole[j] = _mm512_reduce_add_epi32(total[j]);
-        for (int i = 0; i < rows && i < p->m; i++) {
-            const int64_t at = i * p->left_row + s / p->left_span;
-            const uint32_t offset = (p->flip ? 128 : 0) + (p->zeros ? p->zeros[at] : 0);
-            for (int j = 0; j < columns && j < n; j++) {
-                float part = found.real[i * columns + j];
-                if (kind == INTEGERS) {
-                    const uint32_t ones = rows == 1 ? found.whole[columns + j] : totals.whole[j];
-                    part = (float)(int32_t)((uint32_t)found.whole[i * columns + j] - offset * ones);
+                if (kind == INTEGERS) total[j] = _mm512_dpbusd_epi32(total[j], one, w);
+                if (kind == SIGNED) w = _mm512_xor_si512(w, flip);
+                UNROLL for (int i = 0; i < rows; i++) {
+                    __m512i *const at = sum + i * columns + j;
+                    *at = kind == SIGNED ? _mm512_dpbusd_epi32(*at, w, x[i]) : dot(kind, *at, x[i], w);
                 }
-                if (p->left) part = part * p->left[at] * p->right[(j0 + j) * p->right_row + s / p->right_span];
-                y[i][j] = s ? y[i][j] + part : part;
             }
         }
+        int32_t offset[16], totals[16] = {0};
+        float lefts[16], rights[16];
+        if (kind == INTEGERS)
+            UNROLL for (int j = 0; j < columns; j++) totals[j] = _mm512_reduce_add_epi32(total[j]);
+        UNROLL for (int i = 0; i < rows; i++) {
+            const int64_t at = least(i, p->m - 1) * p->left_row + s / p->left_span;
+            const int32_t zero = (p->flip ? 128 : 0) + (p->zeros ? p->zeros[at] : 0);
+            const int32_t shift = kind == SIGNED ? 128 * _mm512_reduce_add_epi32(ones[i]) : 0;
+            UNROLL for (int j = 0; j < columns; j++) {
+                const int64_t row = (j0 + least(j, n - 1)) / p->right_rows;
+                lefts[i * columns + j] = p->left ? p->left[at] : 1;
+                rights[i * columns + j] = p->right ? p->right[row * p->right_row + s / p->right_span] : 1;
+                offset[i * columns + j] = kind == INTEGERS ? (int32_t)((uint32_t)zero * (uint32_t)totals[j]) : shift;
+            }
+        }
+        __m512i found = sums_of(whole ? INTEGERS : FLOATS, sum);
+        if (whole) found = _mm512_sub_epi32(found, _mm512_loadu_si512(offset));
+        __m512 part = number(whole ? INTEGERS : FLOATS, found);
+        if (p->left) part = _mm512_mul_ps(_mm512_mul_ps(part, _mm512_loadu_ps(lefts)), _mm512_loadu_ps(rights));
+        y = s ? _mm512_add_ps(y, part) : part;
     }
+    float all[16];
+    _mm512_storeu_ps(all, y);
     const __mmask16 mask = (1u << least(n, columns)) - 1;
     for (int i = 0; i < rows && i < p->m; i++) {
-        __m512 numbers = _mm512_maskz_loadu_ps(mask, y[i]);
+        __m512 numbers = _mm512_maskz_loadu_ps(mask, all + i * columns);
         if (p->bias) numbers = _mm512_add_ps(numbers, _mm512_maskz_loadu_ps(mask, p->bias + j0));
         store(p->c, p->out, i * p->n + j0, mask, numbers);
     }
 }
 
-#define DOTS(NAME, KIND, CODED)                                                              \
-    AVX512_DOTS static void NAME(const Product *p, const char *a, int64_t lda, int64_t j) {  \
-        if (p->m == 1) dots(KIND, CODED, 1, p, a, lda, j);                                   \
-        else dots(KIND, CODED, 4, p, a, lda, j);                                             \
-    }
-DOTS(dots_of_floats, FLOATS, 0)
-DOTS(dots_of_codes, FLOATS, 1)
-DOTS(dots_of_integers, INTEGERS, 0)
+/* For one row, which takes `COLUMNS` of B at a time, and for up to FEW, which take 4. */
+#define DOTS(NAME, KIND, CODED, COLUMNS)                                                                                  AVX512_DOTS static void NAME##_row(const Product *p, const char *a, int64_t lda, int64_t from, int64_t to) {              for (int64_t j = from; j < to; j += COLUMNS) dots(KIND, CODED, 1, COLUMNS, p, a, lda, j);                         }                                                                                                                     AVX512_DOTS static void NAME(const Product *p, const char *a, int64_t lda, int64_t from, int64_t to) {                    for (int64_t j = from; j < to; j += 4) dots(KIND, CODED, FEW, 4, p, a, lda, j);                                   }
+DOTS(dots_of_floats, FLOATS, 0, 16)
+DOTS(dots_of_codes, FLOATS, 1, 8)
+DOTS(dots_of_integers, INTEGERS, 0, 8)
+DOTS(dots_of_signed, SIGNED, 0, 16)
+DOTS(dots_of_reals, REALS, 0, 16)
+DOTS(dots_of_reals_and_codes, REALS, 1, 8)
+
+typedef void Dots(const Product *, const char *, int64_t, int64_t, int64_t);
+
+static Dots *dots_for(const Product *p) {
+#define EITHER(name) (p->m == 1 ? name##_row : name)
+    if (p->kind == INTEGERS) return p->flip && !p->zeros ? EITHER(dots_of_signed) : EITHER(dots_of_integers);
+    if (p->kind == REALS) return p->b_table ? EITHER(dots_of_reals_and_codes) : EITHER(dots_of_reals);
+    return p->b_table ? EITHER(dots_of_codes) : EITHER(dots_of_floats);
+}
 
 /* A few rows of A as they are multiplied: bfloat16s or unsigned bytes, rows `lda` bytes apart. */
 AVX512_DOTS static void unfold(const Product *p, char *restrict to, int64_t lda) {
     const int64_t k = p->k;
-    const uint8_t flip = (uint8_t)p->flip;
+    const uint8_t flip = p->zeros ? (uint8_t)p->flip : 0; /* dots_of_signed wants none */
     for (int64_t i = 0; i < p->m; i++, to += lda) {
         const uint8_t *from = (const uint8_t *)p->a + i * p->lda;
-        if (p->kind == INTEGERS)
+        if (p->kind == REALS) memcpy(to, (const float *)p->a + i * p->lda, 4 * k);
+        else if (p->kind == INTEGERS)
             for (int64_t j = 0; j < k; j++) to[j] = (char)(from[j] ^ flip);
         else if (p->a_table)
             for (int64_t j = 0; j < k; j++) ((uint16_t *)to)[j] = p->a_table[from[j]];
@@ -433,23 +462,27 @@ AVX512_DOTS static void unfold(const Product *p, char *restrict to, int64_t lda)
     }
 }
 
-/* 0, or 1: there was no memory, or a zero point is no code, and sums may exceed 32 bits. */
+/* 0, or 1: there was no memory, a zero point is no code, and sums may exceed 32 bits, or REALS has many rows. */
 int octavo_product(const Product *p, int threads) {
     const int64_t work = p->m * p->n * p->k, zeros = p->zeros ? p->m * p->left_row : 0;
     for (int64_t i = 0; i < zeros || (p->zeros && i == 0); i++)
         if (p->zeros[i] != (p->flip ? (int8_t)p->zeros[i] : (uint8_t)p->zeros[i])) return 1;
     if (p->m <= FEW) {
-        const int64_t lda = (p->k * 2 + 63) / 64 * 64, parts = (p->n + 3) / 4;
+        const int64_t lda = (p->k * (p->kind == REALS ? 4 : 2) + 63) / 64 * 64, lots = (p->n + LOT - 1) / LOT;
         char *a = aligned_alloc(64, p->m * lda + 64);
         if (!a) return 1;
         unfold(p, a, lda);
-        void (*const run)(const Product *, const char *, int64_t, int64_t) =
-            p->kind == INTEGERS ? dots_of_integers : p->b_table ? dots_of_codes : dots_of_floats;
-#pragma omp parallel for schedule(static) num_threads(threads) if (work > 1 << 18)
-        for (int64_t j = 0; j < parts; j++) run(p, a, lda, 4 * j);
+        Dots *const run = dots_for(p);
+        if (work <= 1 << 17) { /* a team takes microseconds */
+            run(p, a, lda, 0, p->n);
+        } else {
+#pragma omp parallel for schedule(static) num_threads(threads)
+            for (int64_t t = 0; t < lots; t++) run(p, a, lda, t * LOT, least(p->n, (t + 1) * LOT));
+        }
         free(a);
         return 0;
     }
+    if (p->kind == REALS) return 1;
     Packed a = {.vectors = (p->m + LANES - 1) / LANES};
     a.strips = (a.vectors + PANEL - 1) / PANEL;
     const int64_t stretches = stretches_of(p);

@@ -6,8 +6,10 @@ no upper bound, then compared with the limits; directed roundings toward zero st
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops.schema import LIBRARY, SumGrid, code_dtype
@@ -146,7 +148,7 @@ def quantize_rows(
         found = spread.where(spread > 0, tiny) / steps
         found = found.where(found.isfinite(), most / steps - least / steps)
         if power_of_two:
-            fraction, exponent = torch.frexp(found.clamp(min=limits.tiny))
+            fraction, exponent = torch.frexp(found.clamp(limits.tiny, limits.max))
             found = pow2((exponent - (fraction == 0.5).int()).clamp(-149, 127)).float()
         found = found.clamp(limits.tiny, limits.max)
     found = found.where(whole, float("nan"))
@@ -218,6 +220,87 @@ def scaled_mm(
         part = torch.ops.octavo.scale_sums(part, scale, other, None, torch.float32)
         total = part if start == 0 else total.add_(part)
     return (total if bias is None else total + bias.float()).to(dtype)
+
+
+LONGEST = 1 << 16  # integers at a time: 2**16 · 255 · 128 < 2**31, so no int32 sum overflows
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    rows: int,
+    columns: int,
+    table: Tensor | None,
+    bias: Tensor | None,
+    input_table: Tensor | None,
+    input_scale: Tensor | None,
+    input_zeros: Tensor | None,
+    group: int,
+    affine: bool,
+    power_of_two: bool,
+    *fmt: Any,
+) -> Tensor:
+    """``quantize_rows``, then ``scaled_mm``; see ``schema.linear``."""
+    n, k = codes.shape
+    if x.numel() == 0:
+        return _no_products(x, n, bias)
+    given, points = (None if t is None else t.reshape(1, 1) for t in (input_scale, input_zeros))
+    numbers, left, zeros = torch.ops.octavo.quantize_rows(
+        x.reshape(-1, k), group, given, points, affine, power_of_two, *fmt
+    )
+    stretch = min(LONGEST, k, *(size for size, t in ((group, left), (columns, scale)) if t.shape[1] > 1))
+    if table is not None:
+        numbers, codes = numbers.view(torch.uint8), codes.view(torch.uint8)
+    y: Tensor = torch.ops.octavo.scaled_mm(
+        numbers,
+        codes,
+        _along(left, group, k, stretch),
+        _along(_every_row(scale, rows, n), columns, k, stretch),
+        stretch,
+        input_table,
+        table,
+        _along(zeros, group, k, stretch) if affine else None,
+        bias,
+        x.dtype,
+    )
+    return y.view(*x.shape[:-1], n)
+
+
+def linear_weight_only(
+    x: Tensor, codes: Tensor, scale: Tensor, rows: int, columns: int, table: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """BF16 by ``scaled_mm``, other inputs by a matmul in FP32 or FP64; see ``schema.linear_weight_only``."""
+    assert table is not None
+    n, k = codes.shape
+    if x.numel() == 0:
+        return _no_products(x, n, bias)
+    codes, scale = codes.view(torch.uint8), _every_row(scale, rows, n)
+    if x.dtype == torch.bfloat16:
+        stretch = min(LONGEST, k, columns if scale.shape[1] > 1 else k)
+        one, right = torch.ones(1, 1, device=x.device), _along(scale, columns, k, stretch)
+        flat = x.reshape(-1, k)
+        y: Tensor = torch.ops.octavo.scaled_mm(flat, codes, one, right, stretch, None, table, None, bias, x.dtype)
+        return y.view(*x.shape[:-1], n)
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = torch.ops.octavo.decode(codes, table).to(work) * _along(scale, columns, k, 1)
+    return F.linear(x.to(work), weight, None if bias is None else bias.to(work)).to(x.dtype)
+
+
+def _every_row(scale: Tensor, rows: int, n: int) -> Tensor:
+    """A matrix's scales, one for every ``rows`` of its n rows, for each of them; or the one of all."""
+    return scale if rows == 1 or scale.shape[0] == 1 else scale.repeat_interleave(rows, 0)[:n]
+
+
+def _along(scale: Tensor, columns: int, k: int, stretch: int) -> Tensor:
+    """A row's scales, one for every ``columns`` of k, for every stretch; or the one of all."""
+    return scale if scale.shape[1] == 1 else scale.repeat_interleave(columns // stretch, 1)[:, : -(-k // stretch)]
+
+
+def _no_products(x: Tensor, n: int, bias: Tensor | None) -> Tensor:
+    """The result where there is nothing to multiply."""
+    y = x.new_zeros(*x.shape[:-1], n)
+    return y if bias is None else y + bias.to(x.dtype)
 
 
 def odd_sum(x: Tensor, y: Tensor) -> Tensor:
@@ -342,8 +425,10 @@ def wrap(x: Tensor, bits: int) -> Tensor:
     return ((x + half) & (2 * half - 1)) - half
 
 
+LIBRARY.impl("linear_by_steps", linear, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_weight_only_by_steps", linear_weight_only, "CompositeExplicitAutograd")
 for _op in (
-    *(cast, encode, decode, quantize_rows, int_mm, float_mm, scaled_mm, scale_sums),
+    *(cast, encode, decode, quantize_rows, int_mm, float_mm, scaled_mm, scale_sums, linear, linear_weight_only),
     *(accumulate_mm, accumulate_mm_aligned, accumulate_mm_integer),
 ):
     LIBRARY.impl(_op.__name__, _op, "CompositeExplicitAutograd")

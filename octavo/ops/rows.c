@@ -137,8 +137,12 @@ int octavo_quantize_rows(const Rows *r, int isa, int threads) {
     int finite = 1;
     if (!buffers) return 1;
     for (int broken = 0; broken < 2; broken++) {
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(&& : finite) if (r->m * r->k > 1 << 15)
-        for (int64_t i = 0; i < r->m; i++) finite = row(r, i, buffers + THREAD * width, broken) && finite;
+        if (r->m * r->k <= 1 << 15) { /* even a team of one costs microseconds */
+            for (int64_t i = 0; i < r->m; i++) finite = row(r, i, buffers, broken) && finite;
+        } else {
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(&& : finite)
+            for (int64_t i = 0; i < r->m; i++) finite = row(r, i, buffers + THREAD * width, broken) && finite;
+        }
         if (finite || !r->given || r->scale_row) break;
         *r->scale = NAN;
     }

@@ -53,6 +53,16 @@ LIBRARY.define(
     "scaled_mm(Tensor a, Tensor b, Tensor left, Tensor right, int stretch, Tensor? a_table, Tensor? b_table, "
     "Tensor? zeros, Tensor? bias, ScalarType dtype) -> Tensor"
 )
+for _name in ("linear", "linear_by_steps"):  # the latter is never replaced
+    LIBRARY.define(
+        f"{_name}(Tensor x, Tensor codes, Tensor scale, int rows, int columns, Tensor? table, Tensor? bias, "
+        "Tensor? input_table, Tensor? input_scale, Tensor? input_zeros, int group, bool affine, bool power_of_two, "
+        "int mantissa, int emin, float low, float high, bool flush, bool negative_zero, int bits, int nan) -> Tensor"
+    )
+for _name in ("linear_weight_only", "linear_weight_only_by_steps"):
+    LIBRARY.define(
+        f"{_name}(Tensor x, Tensor codes, Tensor scale, int rows, int columns, Tensor? table, Tensor? bias) -> Tensor"
+    )
 LIBRARY.define("scale_sums(Tensor sums, Tensor left, Tensor right, Tensor? bias, ScalarType dtype) -> Tensor")
 LIBRARY.define(
     "accumulate_mm(Tensor a, Tensor b, int mantissa, int emin, float high, bool flush, bool infinite, int chunk, "
@@ -136,6 +146,42 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake("octavo::linear")
+@torch.library.register_fake("octavo::linear_by_steps")
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    rows: int,
+    columns: int,
+    table: Tensor | None,
+    bias: Tensor | None,
+    input_table: Tensor | None,
+    input_scale: Tensor | None,
+    input_zeros: Tensor | None,
+    group: int,
+    affine: bool,
+    power_of_two: bool,
+    mantissa: int,
+    emin: int,
+    low: float,
+    high: float,
+    flush: bool,
+    negative_zero: bool,
+    bits: int,
+    nan: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@torch.library.register_fake("octavo::linear_weight_only")
+@torch.library.register_fake("octavo::linear_weight_only_by_steps")
+def _(
+    x: Tensor, codes: Tensor, scale: Tensor, rows: int, columns: int, table: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 @torch.library.register_fake("octavo::scale_sums")
@@ -294,6 +340,52 @@ def scaled_mm(
     the stretches before; then ``+ bias`` [N]; then to ``dtype``. Integers: ``stretch`` ≤ 65536.
     """
     result: Tensor = torch.ops.octavo.scaled_mm(a, b, left, right, stretch, a_table, b_table, zeros, bias, dtype)
+    return result
+
+
+class Weight(NamedTuple):
+    """A layer's weight [N, K] as the operators below take it.
+
+    ``codes`` are bytes; ``scale`` is float32 with one number for every block of ``rows`` × ``columns``, ``table`` the
+    bfloat16 that each of 256 codes stands for, or None for int8 that is to be multiplied as integers.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    rows: int
+    columns: int
+    table: Tensor | None
+
+
+def linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    group: int,
+    fmt: RowFormat,
+    table: Tensor | None = None,
+    scale: Tensor | None = None,
+    zeros: Tensor | None = None,
+    affine: bool = False,
+    power_of_two: bool = False,
+) -> Tensor:
+    """A layer with 8-bit inputs: x […, K] to […, N] in x's dtype, ``quantize_rows`` and ``scaled_mm`` in one call.
+
+    Every ``group`` neighbours of a row of ``x`` become codes with a scale of their own, or all with the one number of
+    ``scale`` (and of ``zeros``). ``table`` stands to these codes as ``weight.table`` does to the weight's: both, or
+    neither. Where both have several scales along K, the smaller of ``group`` and ``weight.columns`` divides the other.
+    """
+    result: Tensor = torch.ops.octavo.linear(x, *weight, bias, table, scale, zeros, group, affine, power_of_two, *fmt)
+    return result
+
+
+def linear_weight_only(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """A layer whose input stays as it is: x […, K] to […, N] in x's dtype; ``weight`` always has its table.
+
+    Products of x and unscaled codes are summed in float32 (float64 for such an x), then scaled: a stretch of K after
+    the other where there are several scales; or the weight is made float32 first. Then the bias is added, and rounded.
+    """
+    result: Tensor = torch.ops.octavo.linear_weight_only(x, *weight, bias)
     return result
 
 
