@@ -114,8 +114,8 @@ def scale_of_range(
 def _store(scale: Tensor, power_of_two: bool, storage: torch.dtype) -> Tensor:
     """The scale in float32 with a value that ``storage`` holds: the nearest, but never zero or infinity."""
     if power_of_two:
-        tiny = torch.finfo(torch.float32).tiny  # what underflowed to zero has no exponent
-        mantissa, exponent = torch.frexp(scale.clamp(min=tiny))  # scale = mantissa · 2**exponent, ½ ≤ mantissa < 1
+        ends = torch.finfo(torch.float32)  # what underflowed to zero has no exponent, nor has infinity
+        mantissa, exponent = torch.frexp(scale.clamp(ends.tiny, ends.max))  # mantissa · 2**exponent, ½ ≤ mantissa < 1
         up = torch.where(mantissa == 0.5, exponent - 1, exponent)
         scale = ops.reference.pow2(up.clamp(-149, 127)).to(scale.dtype)
     limits = torch.finfo(torch.float32 if storage == torch.float64 else storage)
