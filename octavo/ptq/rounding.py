@@ -99,7 +99,7 @@ def round_weights(
         raise OctavoError("the data held no batch; a generator can be read only once")
     progress = iter(track([job.layer.name for job in jobs], "rounding")) if track else None
     work = _Walk({job.layer.name: job for job in jobs}, how, progress)
-    runs = [partial(enter, model, batch, call) for batch in held for _ in range(work.streams)]
+    runs = [partial(_run, model, number, batch, call) for number, batch in enumerate(held) for _ in range(work.streams)]
     with evaluating(model), eagerly(model), torch.no_grad():
         walk(runs, {job.layer.name: job.layer.module for job in jobs}, work.visit, work.answer)
     work.finish()
@@ -111,6 +111,15 @@ def round_weights(
             "(--allow-uncalibrated)"
         )
     return {job.layer.name: job.result for job in jobs if job.result is not None}
+
+
+def _run(model: nn.Module, number: int, batch: Any, call: Call | None) -> None:
+    try:
+        enter(model, batch, call)
+    except OctavoError as error:
+        raise OctavoError(f"rounding, batch {number}: {error}") from error
+    except Exception as error:
+        raise OctavoError(f"rounding stopped in batch {number} with {type(error).__name__}: {error}") from error
 
 
 class _Walk:
@@ -129,7 +138,7 @@ class _Walk:
         matrix = job.layer.matrix.detach()
         layer = self._run_as(job, *job.nearest(matrix))
         if job.by_data:
-            given = {run: _input(name, *call) for run, call in calls.items()}
+            given = {run: _input(name, matrix.shape[1], *call) for run, call in calls.items()}
             self._round(job, layer, matrix, given)
         if self.progress is not None:
             next(self.progress, None)
@@ -194,10 +203,11 @@ class _Walk:
         return inverse, moments.rows
 
 
-def _input(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _input(name: str, width: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    if x is None:
-        raise OctavoError(f"layer {name} was called without a tensor")
+    if x is None or not x.is_floating_point() or x.shape[-1:] != (width,):
+        what = "no tensor" if x is None else f"{x.dtype} {list(x.shape)}"
+        raise OctavoError(f"layer {name} takes floats […, {width}], and was called with {what}")
     return x[None] if x.ndim == 1 else x
 
 
