@@ -8,7 +8,8 @@ the same.
 
 Inputs in 8 bits, or of layers in 8 bits, are not ``X`` but ``X̂``. Then what is wanted is the least of ``‖X̂ Ŵᵀ − X
 Wᵀ‖²``, whose floats are a regression, ``W + W (X − X̂)ᵀ X̂ H⁻¹`` with ``H = X̂ᵀ X̂``: those are what is rounded. (GPTAQ,
-2504.02692, reaches the same column by column.)
+2504.02692, reaches the same column by column.) Most of ``X − X̂`` is chance, which a regression over few rows learns by
+heart. So each half of the data says how far the other half's regression helps, and weights go that far and no farther.
 """
 
 from dataclasses import dataclass
@@ -30,16 +31,19 @@ class GPTQ:
 
     ``damping`` is added to the diagonal of ``H``, as a share of each of its elements, which keeps few or dependent
     inputs from moving weights far. ``follow`` rounds towards the float model's results on inputs in 8 bits, rather than
-    towards the same weight's. ``ordered`` begins with the columns whose inputs are largest.
+    towards the same weight's; ``follow_damping`` belongs to that regression. ``ordered`` begins with the columns whose
+    inputs are largest.
     """
 
     damping: float = 0.01
+    follow_damping: float = 0.1
     follow: bool = True
     ordered: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < float("inf"):
-            raise OctavoError(f"damping is a positive share of the Hessian's diagonal, not {self.damping}")
+        for damping in (self.damping, self.follow_damping):
+            if not 0 < damping < float("inf"):
+                raise OctavoError(f"damping is a positive share of the Hessian's diagonal, not {damping}")
 
 
 class Moments:
@@ -49,7 +53,12 @@ class Moments:
         self.rows = 0
         self.square = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.cross = torch.zeros_like(self.square)
-        self.crossed = False
+
+    def __add__(self, other: "Moments") -> "Moments":
+        total = Moments(len(self.square), self.square.device)
+        total.rows = self.rows + other.rows
+        total.square, total.cross = self.square + other.square, self.cross + other.cross
+        return total
 
     def update(self, x: Tensor, exact: Tensor | None = None) -> None:
         """Add inputs ``x`` [T, K] as the layer multiplies them, and the float model's in their place.
@@ -64,35 +73,30 @@ class Moments:
             lost = exact.to(x.dtype) - x
             related = lost.square().sum(1, keepdim=True) < x.square().sum(1, keepdim=True)
             self.cross += x.mT @ lost.where(related, 0)
-            self.crossed = True
 
 
 class Inverse:
-    """The damped Hessian of ``Moments``, ready to move and to round weights."""
+    """The damped Hessian of ``Moments`` as ``U`` with ``H⁻¹ = Uᵀ U``, columns in the order they are rounded in."""
 
-    def __init__(self, moments: Moments, how: GPTQ = GPTQ()) -> None:
+    def __init__(self, moments: Moments, damping: float, ordered: bool = True) -> None:
         diagonal = moments.square.diagonal()
         dead = diagonal == 0  # inputs that are always 0: their columns have nothing to answer for
-        self.order = torch.argsort(diagonal, descending=True, stable=True) if how.ordered else torch.arange(len(dead))
+        usual = torch.arange(len(dead), device=diagonal.device)
+        self.order = torch.argsort(diagonal, descending=True, stable=True) if ordered else usual
         damped = moments.square.clone()
-        damped.diagonal().add_(how.damping * diagonal + dead.to(diagonal))
-        self._cross = moments.cross if how.follow and moments.crossed else None
+        damped.diagonal().add_(damping * diagonal + dead.to(diagonal))
         damped = damped[self.order][:, self.order]
-        # H = R Rᵀ with R upper triangular, so that H⁻¹ = Uᵀ U with U = R⁻¹: one factorization of H turned round
+        # H = R Rᵀ with R upper triangular, so that U = R⁻¹: one factorization of H turned round
         root, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(failed) or not bool(root.isfinite().all()):
             raise OctavoError("its inputs are too nearly dependent to factorize; use more damping")
         identity = torch.eye(len(dead), dtype=root.dtype, device=root.device)
         self.upper = torch.linalg.solve_triangular(root.flip(0, 1), identity, upper=True)
 
-    def target(self, weight: Tensor) -> Tensor:
-        """The floats [N, K] whose product with the inputs in 8 bits is nearest to the float model's."""
-        if self._cross is None:
-            return weight
-        moved = (weight.double() @ self._cross.mT)[:, self.order]
-        moved = moved @ self.upper.mT @ self.upper
-        target: Tensor = weight.double() + moved[:, torch.argsort(self.order)]
-        return target.to(weight.dtype)
+    def solve(self, rows: Tensor) -> Tensor:
+        """``rows @ H⁻¹`` of [N, K] in float64."""
+        solved: Tensor = rows[:, self.order] @ self.upper.mT @ self.upper
+        return solved[:, torch.argsort(self.order)]
 
     def round(self, target: Tensor, nearest: QTensor, how: Cast) -> QTensor:
         """``target`` [N, K] in the format of ``nearest``, with its scales, column after column."""
@@ -120,3 +124,36 @@ class Inverse:
                 left[i + 1 : stop] -= upper[i, i + 1 : stop, None] * error
             left[stop:] -= upper[start:stop, stop:].mT @ errors
         return QTensor(codes, nearest.scale, nearest.zero_point, nearest.format, nearest.block, nearest.dtype)
+
+
+class Rounder:
+    """What two halves of a layer's inputs have shown, ready to move and to round weights that read them."""
+
+    def __init__(self, halves: tuple[Moments, Moments], how: GPTQ = GPTQ()) -> None:
+        whole = halves[0] + halves[1]
+        self.rows = whole.rows
+        self._inverse = Inverse(whole, how.damping, how.ordered)
+        self._moments = (whole, *halves) if how.follow and bool(whole.cross.any()) else ()
+        self._regressions = [Inverse(part, how.follow_damping, False) for part in self._moments]
+
+    def target(self, weight: Tensor) -> Tensor:
+        """The floats [N, K] whose product with the inputs in 8 bits comes near to the float model's, as far as shown.
+
+        With ``Δ`` the step of one half's regression, the other half's loss falls by ``2a ⟨Δ, W Dᵀ⟩ − a² ⟨Δ, Δ H⟩`` over
+        ``a`` times the step (``D = X̂ᵀ (X − X̂)``); the best ``a`` for both, from 0 to 1, is taken.
+        """
+        if not self._moments:
+            return weight
+        exact = weight.double()
+        missing = [exact @ part.cross.mT for part in self._moments]  # W (X − X̂)ᵀ X̂
+        step, *steps = (inverse.solve(rows) for inverse, rows in zip(self._regressions, missing, strict=True))
+        gained = needed = 0.0
+        for own, moments, lacking in zip(steps, reversed(self._moments[1:]), reversed(missing[1:]), strict=True):
+            gained += float((own * lacking).sum())
+            needed += float((own @ moments.square * own).sum())
+        share = min(1.0, max(0.0, gained / needed)) if needed > 0 else 0.0
+        return (exact + share * step).to(weight.dtype)
+
+    def round(self, target: Tensor, nearest: QTensor, how: Cast) -> QTensor:
+        """``target`` as ``Inverse.round`` does it."""
+        return self._inverse.round(target, nearest, how)

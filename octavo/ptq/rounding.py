@@ -25,7 +25,7 @@ from octavo.nn.layer import QuantizedLayer
 from octavo.nn.linear import QuantizedLinear
 from octavo.nn.swap import Layer
 from octavo.ops.outliers import column_peaks
-from octavo.ptq.gptq import GPTQ, Inverse, Moments
+from octavo.ptq.gptq import GPTQ, Moments, Rounder
 from octavo.ptq.rules import Rule, catches_all
 
 #: Rounds a matrix to the nearest, with scales of its own: what a layer's weight becomes without data.
@@ -43,7 +43,6 @@ class Job:
     nearest: Nearest
     scales: Mapping[str, Any]
     by_data: bool
-    rows: int = field(default=0, init=False)  # of input it has seen
     result: tuple[Scheme, QTensor] | None = field(default=None, init=False)
 
 
@@ -98,7 +97,7 @@ def round_weights(
     if not held:
         raise OctavoError("the data held no batch; a generator can be read only once")
     progress = iter(track([job.layer.name for job in jobs], "rounding")) if track else None
-    work = _Walk({job.layer.name: job for job in jobs}, how, progress)
+    work = _Walk({job.layer.name: job for job in jobs}, how, len(held), progress)
     runs = [partial(_run, model, number, batch, call) for number, batch in enumerate(held) for _ in range(work.streams)]
     with evaluating(model), eagerly(model), torch.no_grad():
         walk(runs, {job.layer.name: job.layer.module for job in jobs}, work.visit, work.answer)
@@ -125,12 +124,12 @@ def _run(model: nn.Module, number: int, batch: Any, call: Call | None) -> None:
 class _Walk:
     """What is done at each layer. Of a batch's runs the last is in 8 bits, and one before it the float model's."""
 
-    def __init__(self, jobs: Mapping[str, Job], how: GPTQ, progress: Any) -> None:
-        self.jobs, self.how, self.progress = jobs, how, progress
+    def __init__(self, jobs: Mapping[str, Job], how: GPTQ, batches: int, progress: Any) -> None:
+        self.jobs, self.how, self.batches, self.progress = jobs, how, batches, progress
         self.streams = 2 if how.follow else 1
         self.eight_bit: dict[str, QuantizedLayer] = {}
         self.called: set[tuple[str, int]] = set()
-        self.last: tuple[list[tuple[Tensor, int]], QuantizedLayer, Inverse, int] | None = None
+        self.last: tuple[list[tuple[Tensor, int]], QuantizedLayer, Rounder] | None = None
 
     def visit(self, name: str, calls: Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
         """Round the layer's weight by what all runs are about to show it."""
@@ -169,38 +168,49 @@ class _Walk:
         return new
 
     def _round(self, job: Job, layer: QuantizedLayer, matrix: Tensor, given: Mapping[int, Tensor]) -> None:
-        inverse, job.rows = self._inverse(job, layer, matrix, given)
-        if job.rows > 0:
-            target = inverse.target(matrix)
+        rounder = self._rounder(job, layer, matrix, given)
+        if rounder.rows > 0:
+            target = rounder.target(matrix)
             scheme, nearest = job.nearest(target)
-            job.result = scheme, inverse.round(target, nearest, scheme.weight)
+            job.result = scheme, rounder.round(target, nearest, scheme.weight)
             self._run_as(job, *job.result)
 
-    def _inverse(
-        self, job: Job, layer: QuantizedLayer, matrix: Tensor, given: Mapping[int, Tensor]
-    ) -> tuple[Inverse, int]:
+    def _rounder(self, job: Job, layer: QuantizedLayer, matrix: Tensor, given: Mapping[int, Tensor]) -> Rounder:
         """What the inputs show, made once for layers that get the very same (q, k and v)."""
         inputs = [(x, -1 if x.is_inference() else x._version) for x in given.values()]
         if self.last is not None:
-            before, like, inverse, rows = self.last
+            before, like, rounder = self.last
             same = len(before) == len(inputs) and all(
                 a is b and i == j >= 0 for (a, i), (b, j) in zip(before, inputs, strict=True)
             )
             if same and _cast_alike(like, layer):
-                return inverse, rows
-        moments = Moments(matrix.shape[1], matrix.device)
+                return rounder
+        self.last = None  # before the next takes its memory
+        halves = (Moments(matrix.shape[1], matrix.device), Moments(matrix.shape[1], matrix.device))
         for run, x in given.items():
             if self._quantized(run):
-                exact = given.get(run - 1) if self.streams == 2 else None
-                moments.update(_seen(layer, x), None if exact is None else exact.flatten(0, -2))
-        if not bool(moments.square.isfinite().all() & moments.cross.isfinite().all()):
+                seen = _seen(layer, x)
+                exact = given[run - 1].flatten(0, -2) if self.streams == 2 and run - 1 in given else None
+                _halve(halves, run // self.streams, self.batches, seen, exact)
+        if not all(bool(part.square.isfinite().all() & part.cross.isfinite().all()) for part in halves):
             raise OctavoError(f"the input of layer {job.layer.name} holds NaN or Inf; find where they come from first")
         try:
-            inverse = Inverse(moments, self.how)
+            rounder = Rounder(halves, self.how)
         except OctavoError as error:
             raise OctavoError(f"layer {job.layer.name}: {error}") from error
-        self.last = (inputs, layer, inverse, moments.rows)
-        return inverse, moments.rows
+        self.last = (inputs, layer, rounder)
+        return rounder
+
+
+def _halve(halves: tuple[Moments, Moments], batch: int, batches: int, x: Tensor, exact: Tensor | None) -> None:
+    """Add rows to the half that the batch belongs to; those of a single batch to both, its first half to the first."""
+    if batches > 1:
+        halves[batch % 2].update(x, exact)
+        return
+    middle = len(x) // 2
+    matching = exact is not None and exact.shape == x.shape
+    for half, rows in zip(halves, (slice(None, middle), slice(middle, None)), strict=True):
+        half.update(x[rows], exact[rows] if matching and exact is not None else None)
 
 
 def _input(name: str, width: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

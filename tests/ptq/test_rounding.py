@@ -10,13 +10,14 @@ import octavo as ov
 from octavo import Cast, OctavoError, PerChannel, PerGroup, PerTensor, Rule, Scheme
 from octavo.nn.layer import QuantizedLayer
 from octavo.ptq.bias_correction import correct_biases_
+from octavo.ptq.gptq import Moments, Rounder
 from tests.nn import models
 
 COARSE = Scheme(Cast("int4", PerChannel(0)))
 COARSE_BOTH = Scheme(Cast("int8", PerGroup(16)), Cast("int4", ov.PerToken()))
 
 
-def batches(model, count=4, length=24, rows=4):
+def batches(model, count=4, length=12, rows=16):
     made = []
     for seed in range(count):
         ids = torch.randint(3, models.VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
@@ -73,13 +74,11 @@ def test_the_layers_behind_see_the_rounded_ones():
     model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).eval()
     exact, data = copy.deepcopy(model), [torch.randn(40, 16), torch.randn(3, 16)]
     ov.quantize_(model, [Rule(COARSE, rounding="gptq")], data)
-    from octavo.ptq.gptq import Inverse, Moments
-
-    seen = Moments(24)
+    halves = (Moments(24), Moments(24))
     with torch.no_grad():
-        for x in data:
-            seen.update(model[1](model[0](x)), exact[1](exact[0](x)))
-    inverse = Inverse(seen)
+        for x, half in zip(data, halves, strict=True):
+            half.update(model[1](model[0](x)), exact[1](exact[0](x)))
+    inverse = Rounder(halves)
     target = inverse.target(exact[2].weight.detach())
     expected = inverse.round(target, ov.quantize(target, COARSE.weight), COARSE.weight)
     assert torch.equal(model[2].codes, expected.codes) and torch.equal(model[2].scale, expected.scale)
