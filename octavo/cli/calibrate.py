@@ -128,7 +128,8 @@ def observer(text: str) -> "Observer":
 class Plan:
     """How the flags want it done: one that was looked at, as far as can be, before any model is opened.
 
-    ``observer`` is None where ``saved`` brings its own.
+    ``observer`` is None where ``saved`` brings its own. ``by_data``: rules smooth or round by data, so that
+    ``quantize_`` takes the batches themselves.
     """
 
     observer: "Observer | None"
@@ -138,14 +139,23 @@ class Plan:
     source: str
     saved: "Calibration | None"
     keep: str | None
+    by_data: bool = False
 
 
 def plan(arguments: argparse.Namespace, rules: "list[Rule]") -> Plan | None:
-    """How static scales will be found; None if no rule needs one. Raises ``OctavoError`` for flags that do not fit."""
+    """How data will be looked at; None if no rule needs it. Raises ``OctavoError`` for flags that do not fit."""
     from octavo.core.schemes import Scheme
 
     _check(arguments)
-    if not any(isinstance(rule.scheme, Scheme) and rule.scheme.static for rule in rules):
+    by_data = any(rule.smooth is not None or rule.rounding != "nearest" for rule in rules)
+    if by_data and (given := _given(arguments, "save_calibration", "calibration")):
+        raise OctavoError(f"{given[0]} keeps ranges, but these rules smooth or round by the data itself. Leave it out")
+    static = any(isinstance(rule.scheme, Scheme) and rule.scheme.static for rule in rules)
+    if not static and by_data:
+        if given := _given(arguments, "calibrate"):
+            raise OctavoError(f"{given[0]} is for static scales, and no scheme here has one. Leave it out")
+        return Plan(observer(DEFAULT), "what layers are given", *example(arguments), None, None, True)
+    if not static:
         if given := _given(arguments, "calibrate", *DATA, "save_calibration", "calibration", "allow_uncalibrated"):
             raise OctavoError(f"{given[0]} is for static scales, and no scheme here has one. Use --scheme int8-static")
         return None
@@ -156,7 +166,7 @@ def plan(arguments: argparse.Namespace, rules: "list[Rule]") -> Plan | None:
         return Plan(chosen, arguments.calibrate or "", None, None, source, saved, arguments.save_calibration)
     words = arguments.calibrate or DEFAULT
     text, data, source = example(arguments)
-    return Plan(chosen or observer(words), words, text, data, source, None, arguments.save_calibration)
+    return Plan(chosen or observer(words), words, text, data, source, None, arguments.save_calibration, by_data)
 
 
 DATA = ("calibration_text", "calibration_windows", "data")
@@ -178,6 +188,19 @@ def example(arguments: argparse.Namespace) -> tuple[Text | None, Iterable[Any] |
         return None, None, arguments.model
     text = measure.calibration_text(arguments)
     return text, None, text.source
+
+
+def data_for(
+    plan: Plan | None, arguments: argparse.Namespace, opened: "Opened", rules: "list[Rule]", screen: Screen
+) -> "tuple[Calibration | list[Any] | None, dict[str, Any] | None]":
+    """What ``quantize_`` takes as data, and what it is for the report: ``range``, ``batches``, ``source``."""
+    if plan is None:
+        return None, None
+    if plan.by_data:
+        kept = list(batches(plan.text, plan.data, arguments, opened))
+        return kept, {"range": plan.words, "batches": len(kept), "source": plan.source}
+    made = run(plan, arguments, opened, rules, screen)
+    return made, {"range": plan.words or "as saved", "batches": made.batches, "source": plan.source}
 
 
 def run(
@@ -236,11 +259,6 @@ def batches(
         tell("note", f"{text.source} holds {count(len(tokens), 'window')} of {length} tokens to calibrate with")
     named = ["input_ids", *(["decoder_input_ids"] if getattr(model.config, "is_encoder_decoder", False) else [])]
     return [dict.fromkeys(named, part) for part in tokens.split(measure.BATCH)]
-
-
-def described(plan: Plan, made: "Calibration") -> dict[str, Any]:
-    """What was done, for the report: ``range``, ``batches``, ``source``."""
-    return {"range": plan.words or "as saved", "batches": made.batches, "source": plan.source}
 
 
 def check_file(file: str | None) -> None:

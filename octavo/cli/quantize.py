@@ -43,6 +43,8 @@ examples:
   octavo quantize FOLDER --weights e4m3fn --weight-group 128 --dry-run
   octavo quantize FOLDER --stream --out small
   octavo quantize FOLDER --scheme int8-static --calibrate percentile=99.99 --out small
+  octavo quantize FOLDER --smooth 0.6 --out small
+  octavo quantize FOLDER --rules rules.json --out small
   octavo quantize vision:resnet --data vision:pictures --evaluate vision:accuracy \\
       --scheme int8-static --out small""",
 )
@@ -81,6 +83,7 @@ class Plan:
 
 def run(arguments: argparse.Namespace, screen: Screen) -> None:
     """Check, open, measure, calibrate, quantize, measure, write, report."""
+    from octavo.calibration.minmax import MinMax
     from octavo.io import checkpoint, folder
     from octavo.ptq.quantize import quantize_
 
@@ -108,8 +111,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
 
     judge = "--no-evaluate" if unjudged else measure.judge(arguments, by, opened, screen)
     before = None if isinstance(judge, str) else judge.measure(model, "evaluate before")
-    calibration = None if ranges is None else calibrate.run(ranges, arguments, opened, rules, screen)
-    calibrated = None if ranges is None or calibration is None else calibrate.described(ranges, calibration)
+    data, calibrated = calibrate.data_for(ranges, arguments, opened, rules, screen)
     if arguments.out is None:
         report.calibrated(screen, arguments.model, arguments.save_calibration, calibrated or {})
         return
@@ -118,7 +120,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
         summary = quantize_(
             model,
             rules,
-            calibration,
+            data,
+            observer=MinMax() if ranges is None or ranges.observer is None else ranges.observer,
             weight_observer=weight_observer,
             allow_uncalibrated=arguments.allow_uncalibrated,
             track=screen.track,

@@ -5,7 +5,7 @@ The names are repeated here in words, because help must not wait for torch; a te
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.errors import OctavoError
 
@@ -25,6 +25,9 @@ SCHEMES = {
     "int8-group64": "INT8 with a scale for every 64 numbers: the accurate one",
     "e3m4-int8-group64": "INT8 weights, E3M4 inputs, a scale for every 64: for inputs with outliers",
     "llm-int8": "INT8, but input columns with a number above 6 in 16 bits: LLM.int8(), for outliers",
+    "smoothquant-o1": "INT8, one scale a weight and one a token: SmoothQuant's O1, for --smooth",
+    "smoothquant-o2": "INT8, one scale a weight and one an input: its O2",
+    "smoothquant-o3": "INT8, one scale a weight, one calibrated scale an input: its O3",
     "int8-static": "INT8 weights and inputs, one input scale a layer, found by calibration",
     "int8-affine-static": "the same, inputs from 0 to 255 with a zero point: finer after a ReLU",
     "fp8-static": "FP8 (E4M3FN), one input scale a layer, found by calibration",
@@ -78,16 +81,51 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="leave the layers whose name fits alone, as '*.layers.0.*'; short for --rule 'NAMES=none'",
     )
+    group.add_argument(
+        "--rules",
+        dest="rules_file",
+        metavar="FILE",
+        help="take all of it from a JSON file: a list of objects such as "
+        '{"name": "*.down_proj", "scheme": "int8-dynamic", "smooth": 0.5}, of which the first that fits decides',
+    )
+    group.add_argument(
+        "--smooth",
+        type=_alpha,
+        metavar="ALPHA",
+        help="SmoothQuant: move outliers of the inputs into weights, before anything is quantized, by so much of them "
+        "(0 to 1; 0.5 is usual), or 'search': what serves each pair of layers best. Looks at the data for calibration",
+    )
+    group.add_argument(
+        "--round",
+        choices=("nearest", "gptq"),
+        default="nearest",
+        help="how weights are rounded: each to the nearest, or by GPTQ, so that later columns of a weight make up for "
+        "the errors of earlier ones on the data for calibration (default: nearest)",
+    )
 
 
 def rules(arguments: argparse.Namespace) -> "list[Rule]":
     """The rules that the flags describe, the general scheme last. Raises ``OctavoError`` before any model is opened."""
     from octavo.core import schemes
-    from octavo.ptq.rules import Rule
+    from octavo.ptq.rules import Rule, read_rules
 
-    made = [Rule(None if name == NONE else schemes.get(name), pattern) for pattern, name in arguments.rules]
+    if arguments.rules_file is not None:
+        scheme = ["--scheme"] if arguments.scheme != DEFAULT else []
+        given = [*scheme, *(["--rule"] if arguments.rules else []), *_changes(arguments)]
+        given += [] if arguments.smooth is None else ["--smooth"]
+        given += [] if arguments.round == "nearest" else ["--round"]
+        if given:
+            raise OctavoError(
+                f"{given[0]} and --rules both say what becomes of layers. Leave one out, or edit the file"
+            )
+        return read_rules(arguments.rules_file)
+    by_data: dict[str, Any] = {"smooth": arguments.smooth, "rounding": arguments.round}
+    made = [
+        Rule(None, pattern) if name == NONE else Rule(schemes.get(name), pattern, **by_data)
+        for pattern, name in arguments.rules
+    ]
     if arguments.scheme.lower() != NONE:
-        return [*made, Rule(changed(schemes.get(arguments.scheme), arguments))]
+        return [*made, Rule(changed(schemes.get(arguments.scheme), arguments), **by_data)]
     if given := _changes(arguments):
         raise OctavoError(f"{given[0]} changes the general scheme, and --scheme none says there is none")
     if all(rule.scheme is None for rule in made):
@@ -138,6 +176,18 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not {text!r}")
     return int(text)
+
+
+def _alpha(text: str) -> "float | Literal['search']":
+    if text == "search":
+        return "search"
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = -1.0
+    if not 0 <= alpha <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, or 'search', not {text!r}")
+    return alpha
 
 
 def _changes(arguments: argparse.Namespace) -> list[str]:

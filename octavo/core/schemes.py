@@ -123,6 +123,10 @@ E3M4_INT8_GROUP64 = dynamic(formats.INT8, formats.E3M4, weight_group=64, input_g
 INT8_STATIC = static(formats.INT8)
 #: INT8, but input columns with any magnitude above 6 in 16 bits: LLM.int8() (2208.07339).
 LLM_INT8 = replace(INT8_DYNAMIC, outliers=6.0)
+#: SmoothQuant's own (2211.10438, table 2), one scale a weight; inputs with one a token, one alone, one calibrated.
+SMOOTHQUANT_O1 = replace(INT8_DYNAMIC, weight=Cast(formats.INT8))
+SMOOTHQUANT_O2 = Scheme(Cast(formats.INT8), Cast(formats.INT8))
+SMOOTHQUANT_O3 = Scheme(Cast(formats.INT8), INT8_STATIC.input)
 #: Inputs from 0 to 255 with a zero point: twice as fine after a ReLU or a GELU.
 INT8_AFFINE_STATIC = static(formats.INT8, formats.UINT8, affine=True)
 FP8_STATIC = static(formats.E4M3FN)
@@ -140,6 +144,9 @@ NAMES: dict[str, Scheme] = {
     "int8-group64": INT8_GROUP64,
     "e3m4-int8-group64": E3M4_INT8_GROUP64,
     "llm-int8": LLM_INT8,
+    "smoothquant-o1": SMOOTHQUANT_O1,
+    "smoothquant-o2": SMOOTHQUANT_O2,
+    "smoothquant-o3": SMOOTHQUANT_O3,
     "int8-static": INT8_STATIC,
     "int8-affine-static": INT8_AFFINE_STATIC,
     "fp8-static": FP8_STATIC,

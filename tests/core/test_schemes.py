@@ -15,6 +15,7 @@ def test_the_named_ones():
         *("e5m2-weight-only", "e3m4-weight-only", "e2m5-weight-only"),
         *("int8-static", "int8-affine-static", "fp8-static", "fp8-cscale", "w8a16", "w16a8"),
         *("e5m2-static", "e3m4-static", "e2m5-static", "llm-int8"),
+        *("smoothquant-o1", "smoothquant-o2", "smoothquant-o3"),
     }
     assert ov.schemes.INT8_DYNAMIC == Scheme(Cast("INT8", PerChannel(0)), Cast("INT8", PerToken()))
     assert ov.schemes.FP8_DYNAMIC == Scheme(Cast("E4M3FN", PerChannel(0)), Cast("E4M3FN", PerToken()))
@@ -23,6 +24,9 @@ def test_the_named_ones():
     mixed = schemes.E3M4_INT8_GROUP64
     assert (mixed.weight.format, mixed.input.format) == (formats.INT8, formats.E3M4)
     assert mixed.weight.granularity == mixed.input.granularity == PerGroup(64)
+    assert ov.schemes.SMOOTHQUANT_O1 == Scheme(Cast("INT8"), Cast("INT8", PerToken()))
+    assert ov.schemes.SMOOTHQUANT_O2 == Scheme(Cast("INT8"), Cast("INT8"))
+    assert ov.schemes.SMOOTHQUANT_O3 == Scheme(Cast("INT8"), Cast("INT8", scale=ov.Static()))
     assert schemes.NAMES["e2m5-dynamic"].weight.format is formats.E2M5
     assert schemes.NAMES["e5m2-weight-only"].input is None
     assert len(set(schemes.NAMES.values())) == len(schemes.NAMES)
