@@ -142,7 +142,7 @@ def _group(layers: "list[LayerReport]", eight_bit: bool) -> "dict[tuple[str, str
     groups: dict[tuple[str, str], list[LayerReport]] = {}
     for layer in layers:
         if (layer.scheme is not None) == eight_bit:
-            groups.setdefault((layer.scheme or layer.reason, layer.kind), []).append(layer)
+            groups.setdefault((layer.what, layer.kind), []).append(layer)
     return dict(sorted(groups.items(), key=lambda group: -sum(x.bytes_before for x in group[1])))
 
 

@@ -47,6 +47,12 @@ class LayerReport:
     sqnr: float | None = None
     rounding: Rounding = "nearest"
 
+    @property
+    def what(self) -> str:
+        """The scheme, with how the weight was rounded if not to the nearest; or the reason."""
+        rounding = "" if self.rounding == "nearest" else f", rounded by {self.rounding.upper()}"
+        return (self.scheme or self.reason) + rounding
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -76,9 +82,7 @@ class Summary:
         """Rows (scheme or reason, kind, layers, bytes before, bytes after, names) for a table; 8-bit ones first."""
         rows: dict[tuple[bool, str, str], list[LayerReport]] = {}
         for layer in self.layers:
-            what = layer.scheme or layer.reason
-            what += "" if layer.rounding == "nearest" else f", rounded by {layer.rounding.upper()}"
-            rows.setdefault((layer.scheme is None, what, layer.kind), []).append(layer)
+            rows.setdefault((layer.scheme is None, layer.what, layer.kind), []).append(layer)
         ordered = sorted(rows.items(), key=lambda row: (row[0][0], -sum(x.bytes_before for x in row[1])))
         return [
             (what, kind, len(xs), sum(x.bytes_before for x in xs), sum(x.bytes_after for x in xs), [x.name for x in xs])
