@@ -2,62 +2,90 @@
 
 import base64
 import re
+from collections.abc import Container, Iterable, Sequence
 from html import escape
+from importlib.resources import files
 
 from octavo.analysis.experiment import Check, Outcome, Plot, Table
 from octavo.report import plots as pictures
 from octavo.report.files import number
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2933; --soft: #5c6975; --line: #d9dee3; --band: #f4f6f8;
-  --good: #00704f; --bad: #b3261e; --link: #00609a; }
-@media (prefers-color-scheme: dark) { :root { --paper: #161b22; --ink: #dfe5ec; --soft: #9aa7b4; --line: #343c46;
-  --band: #1d242d; --good: #2ec99b; --bad: #ff7b72; --link: #6cb6ff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 1.2rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.7rem; line-height: 1.2; } h2 { font-size: 1.35rem; margin-top: 3rem; padding-top: 1rem;
-  border-top: 1px solid var(--line); } h3 { font-size: 1.05rem; margin: 1.8rem 0 .4rem; }
-a { color: var(--link); } .soft { color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad);
-  font-weight: 600; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; margin: .3rem 0 1rem; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
-  font-variant-numeric: tabular-nums; }
-th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child, td.words, th.words { text-align: left; }
-td:first-child { min-width: 7rem; } td.words { min-width: 11rem; }
-.contents td, .contents th, .contents td.words { min-width: 0; padding: .25rem .4rem; }
-tbody tr:nth-child(even) { background: var(--band); }
-figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; border-radius: 4px; }
-code { background: var(--band); padding: .05rem .3rem; border-radius: 3px; font-size: .9em; }
-pre { background: var(--band); padding: .8rem; overflow-x: auto; border-radius: 4px; } pre code { padding: 0; }
-details { margin: 1rem 0; border-left: 3px solid var(--line); padding-left: 1rem; } summary { cursor: pointer;
-  color: var(--soft); }
-"""
+STYLE = files("octavo.report").joinpath("page.css").read_text(encoding="utf-8")
 
 
 def page(outcomes: list[Outcome], about: str) -> bytes:
     """All outcomes on one page; ``about`` says where and with what they were made."""
     title = "Octavo: published results, recomputed" if len(outcomes) != 1 else outcomes[0].title
     contents = [_contents(outcomes)] if len(outcomes) > 1 else []
-    return _whole(title, about, contents + [_section(outcome) for outcome in outcomes])
+    return _titled(title, about, contents + [_section(outcome) for outcome in outcomes])
 
 
 def sheet(title: str, about: str, plots: tuple[Plot, ...] = (), tables: tuple[Table, ...] = ()) -> bytes:
     """Some pictures and tables on one page."""
     found = [f"<h3>{escape(table.title)}</h3>{_table(table)}" for table in tables]
-    return _whole(title, about, [_figure(plot) for plot in plots] + found)
+    return _titled(title, about, [_figure(plot) for plot in plots] + found)
 
 
-def _whole(title: str, about: str, parts: list[str]) -> bytes:
+def whole(title: str, parts: list[str]) -> bytes:
+    """A page of these parts."""
     head = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">{escape(about)}</p>',
     ]
     return "\n".join([*head, *parts, "</body></html>\n"]).encode()
+
+
+class Markup(str):
+    """Text that is HTML already."""
+
+
+def text(words: str) -> str:
+    """Words as HTML."""
+    return words if isinstance(words, Markup) else escape(words)
+
+
+def name(words: str) -> Markup:
+    """A name that may be broken after its dots, dashes and slashes, where a line is too short for it."""
+    return Markup(re.sub(r"(?<=[^./_-][./_-])(?=[^./_-])", "<wbr>", escape(words)))
+
+
+def scrolling(table: str, label: str, kind: str = "") -> str:
+    """A table that scrolls within itself, which the keyboard can do as well."""
+    return f'<div class="wide {kind}" role="region" tabindex="0" aria-label="{escape(label)}">{table}</div>'
+
+
+def grid(
+    label: str,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    prose: Container[int] = (),
+    chosen: Container[int] = (),
+) -> str:
+    """A scrolling table whose first column names its rows; ``prose``: columns of words, ``chosen``: marked rows."""
+    kinds = [' class="words"' if i in prose else "" for i in range(len(heads))]
+    head = "".join(f'<th scope="col"{kind}>{text(h)}</th>' for h, kind in zip(heads, kinds, strict=True))
+    body = []
+    for index, (first, *rest) in enumerate(rows):
+        cells = "".join(f"<td{kind}>{text(cell)}</td>" for cell, kind in zip(rest, kinds[1:], strict=True))
+        mark = ' class="chosen"' if index in chosen else ""
+        body.append(f'<tr{mark}><th scope="row"{kinds[0]}>{text(first)}</th>{cells}</tr>')
+    return scrolling(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>", label, "stay")
+
+
+def fold(summary: str, body: str, opened: bool = False) -> str:
+    """A part that opens when it is asked to."""
+    return f"<details{' open' if opened else ''}><summary>{text(summary)}</summary>{body}</details>"
+
+
+def code(words: str) -> Markup:
+    """A name from a program."""
+    return Markup(f"<code>{name(words)}</code>")
+
+
+def _titled(title: str, about: str, parts: list[str]) -> bytes:
+    return whole(title, [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(about)}</p>', *parts])
 
 
 def _contents(outcomes: list[Outcome]) -> str:
@@ -103,7 +131,7 @@ def _figure(plot: Plot) -> str:
 def _table(table: Table) -> str:
     words = [all(isinstance(row[i], str) for row in table.rows) for i in range(len(table.columns))]
     kinds = [' class="words"' if w and i else "" for i, w in enumerate(words)]
-    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, table.columns, strict=True))
+    head = "".join(f"<th{kind}>{escape(column)}</th>" for kind, column in zip(kinds, table.columns, strict=True))
     rows = "".join(
         "<tr>"
         + "".join(f"<td{k}>{escape(number(c, table.digits))}</td>" for k, c in zip(kinds, row, strict=True))
@@ -124,23 +152,23 @@ def _checks(checks: tuple[Check, ...]) -> str:
             f'<td>{number(check.ours)}</td><td>{escape(target.unit)}</td><td class="{colour}">{check.verdict}</td>'
             f'<td class="words soft">{inline(check.reason or where)}</td></tr>'
         )
-    head = "".join(f"<th>{name}</th>" for name in ("target", "value", "tolerance", "ours", "unit", "verdict"))
+    head = "".join(f"<th>{head}</th>" for head in ("target", "value", "tolerance", "ours", "unit", "verdict"))
     head += '<th class="words">source, or why</th>'
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def inline(text: str) -> str:
+def inline(words: str) -> str:
     """Code, bold and links of one paragraph of Markdown; everything else is escaped."""
-    text = escape(text, quote=False)
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
-    text = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
-    return re.sub(r"\[([^\]]+)\]\((https?://[^)\s]+)\)", r'<a href="\2">\1</a>', text)
+    words = escape(words, quote=False)
+    words = re.sub(r"`([^`]+)`", r"<code>\1</code>", words)
+    words = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", words)
+    return re.sub(r"\[([^\]]+)\]\((https?://[^)\s]+)\)", r'<a href="\2">\1</a>', words)
 
 
-def markdown(text: str) -> str:
+def markdown(words: str) -> str:
     """The Markdown that READMEs here are written in: headings, paragraphs, lists, fenced code."""
     parts: list[str] = []
-    for index, block in enumerate(re.split(r"^```.*$", text, flags=re.MULTILINE)):
+    for index, block in enumerate(re.split(r"^```.*$", words, flags=re.MULTILINE)):
         if index % 2:
             parts.append(f"<pre><code>{escape(block.strip(chr(10)))}</code></pre>")
             continue
