@@ -33,7 +33,7 @@ from octavo.nn.layer import QuantizedLayer
 
 THRESHOLD, LAYER_SHARE, TOKEN_SHARE = 6.0, 0.25, 0.06
 MASSIVE, RATIO = 100.0, 1000.0  # beyond both: this magnitude, and this many medians
-KEPT = 32  # massive activations that are remembered of an input
+KEPT = 32  # massive activations, and outlier dimensions, that are remembered of an input
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Input:
 
     ``tokens`` vectors of ``width`` numbers. ``dimensions``: how many have an outlier; ``affected``: the share of tokens
     that do. ``largest`` and ``median`` are magnitudes, the median the last batch's. ``crest`` and ``kurtosis`` are of
-    all numbers, ``token_crest`` is the mean over tokens.
+    all numbers, ``token_crest`` is the mean over tokens. ``peaks``: the dimensions that have an outlier, each with its
+    largest magnitude, the largest first, at most 32.
     """
 
     names: tuple[str, ...]
@@ -57,6 +58,7 @@ class Input:
     token_crest: float
     dimensions: int
     affected: float
+    peaks: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,7 @@ class _Seen:
         count, mean, squares, _, fourths = self.moments
         power = squares / count + mean**2
         largest = float(self.peaks.max())
+        top = self.peaks.where(self.over > 0, 0.0).topk(min(KEPT, len(self.over)))
         return Input(
             names=tuple(self.names),
             kind=self.kind,
@@ -247,6 +250,7 @@ class _Seen:
             token_crest=self.crests / self.tokens,
             dimensions=int((self.over > 0).sum()),
             affected=self.affected / self.tokens,
+            peaks=tuple((i, v) for i, v in zip(top.indices.tolist(), top.values.tolist(), strict=True) if v > 0),
         )
 
 
