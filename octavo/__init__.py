@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from octavo.analysis.perplexity import perplexity
     from octavo.calibration.run import Calibration, CalibrationInterrupted
     from octavo.core import accumulate, formats, requantize, schemes
-    from octavo.core.cast import Cast, cast, decode, encode, fake_quantize, quantize, quantize_scaled, sqnr
+    from octavo.core.cast import Cast, cast, cast_, decode, encode, quantize, quantize_scaled, sqnr
+    from octavo.core.fake_quantize import fake_quantize, fake_quantize_
     from octavo.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
     from octavo.core.matmul import matmul
     from octavo.core.qtensor import QTensor
@@ -49,7 +50,8 @@ _HOMES = {
     "octavo.analysis.perplexity": ("perplexity",),
     "octavo.calibration.run": ("Calibration", "CalibrationInterrupted"),
     "octavo.core": ("accumulate", "formats", "requantize", "schemes"),
-    "octavo.core.cast": ("Cast", "cast", "decode", "encode", "fake_quantize", "quantize", "quantize_scaled", "sqnr"),
+    "octavo.core.cast": ("Cast", "cast", "cast_", "decode", "encode", "quantize", "quantize_scaled", "sqnr"),
+    "octavo.core.fake_quantize": ("fake_quantize", "fake_quantize_"),
     "octavo.core.granularity": ("PerBlock", "PerChannel", "PerGroup", "PerTensor", "PerToken"),
     "octavo.core.matmul": ("matmul",),
     "octavo.core.qtensor": ("QTensor",),
@@ -96,6 +98,7 @@ __all__ = [
     "calibrate",
     "calibration",
     "cast",
+    "cast_",
     "cli",
     "core",
     "correct_biases_",
@@ -105,6 +108,7 @@ __all__ = [
     "encode",
     "expected_inputs",
     "fake_quantize",
+    "fake_quantize_",
     "fold_batch_norms_",
     "formats",
     "from_json",

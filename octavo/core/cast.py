@@ -1,11 +1,11 @@
 """How one tensor becomes 8 bits (``Cast``), and the verbs that do it.
 
 ``cast``, ``encode`` and ``decode`` move between numbers and a format's grid. ``quantize`` adds scales: it is
-``calibrate → scale → round → encode`` in that order, and ``fake_quantize`` is the same followed by ``dequantize``,
-with the straight-through gradient of Bengio et al. (1308.3432): what is trained, measured and served has the same bits.
+``calibrate → scale → round → encode`` in that order.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -63,19 +63,9 @@ def cast(
     −0 where the format has it. Where ``x.dtype`` is narrower than the format, a value it cannot hold is rounded to it.
     """
     fmt = formats.get(fmt)
-    _check_float(x)
+    check_float(x)
     _check_rounding(rounding)
-    if overflow == "saturate":
-        kernel_overflow: ops.Overflow = "saturate"
-    elif overflow == "error":
-        kernel_overflow = "nan"
-    elif overflow == "nonsaturating":
-        if not (fmt.has_infinity or fmt.has_nan):
-            raise OctavoError(f"{fmt.name} has neither infinity nor NaN to overflow to; use 'saturate' or 'error'")
-        kernel_overflow = "inf" if fmt.has_infinity else "nan"
-    else:
-        raise OctavoError(f"overflow is 'saturate', 'nonsaturating' or 'error', not {overflow!r}")
-    y = _round(x.detach(), fmt, rounding, kernel_overflow, _noise(x, rounding, generator))
+    y = _round(x.detach(), fmt, rounding, _kernel_overflow(fmt, overflow), _noise(x, rounding, generator))
     if not fmt.signed and overflow == "nonsaturating" and fmt.has_nan:
         y = y.where(~y.isneginf(), math.nan)  # an unsigned format has no −∞
     if overflow == "error" and x.numel():
@@ -86,6 +76,31 @@ def cast(
                 f"the largest magnitude is {x.detach()[lost].abs().max().item():g}. Scale it, or let it saturate"
             )
     return y
+
+
+def cast_(
+    x: Tensor,
+    fmt: "Format | str",
+    rounding: Rounding = "nearest-even",
+    overflow: OverflowPolicy = "saturate",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``cast`` in place, without temporaries; returns ``x``. Where ``x`` has a history, its gradient becomes zero.
+
+    As with torch's own operators, a leaf that requires its gradient is changed under ``torch.no_grad()`` only.
+    """
+    fmt = formats.get(fmt)
+    check_float(x)
+    _check_rounding(rounding)
+    kernel_overflow = _kernel_overflow(fmt, overflow)
+
+    def change() -> None:
+        if overflow == "error" or fmt.stretch != 1 or not fmt.signed:  # these look at x again when it is rounded
+            x.copy_(cast(x, fmt, rounding, overflow, generator))
+        else:
+            ops.cast_(x, *_kernel_grid(fmt, rounding, kernel_overflow), _noise(x, rounding, generator))
+
+    return in_place(x, change, straight_through=False)
 
 
 def encode(
@@ -100,7 +115,7 @@ def encode(
     Raises ``OctavoError`` if ``x`` holds NaN and the format has no code for it.
     """
     fmt = formats.get(fmt)
-    _check_float(x)
+    check_float(x)
     # not in the narrower dtypes: float16 lacks the largest numbers of some formats
     y = cast(x if x.dtype == torch.float64 else x.float(), fmt, rounding, overflow, generator)
     if not fmt.has_nan and bool(y.isnan().any()):
@@ -120,7 +135,7 @@ def decode(codes: Tensor, fmt: "Format | str", dtype: torch.dtype = torch.float3
 
 def quantize(x: Tensor, how: Cast, generator: torch.Generator | None = None) -> QTensor:
     """Scale, round and encode a tensor of any float dtype and shape. Raises ``OctavoError`` on NaN or Inf."""
-    _check_float(x)
+    check_float(x)
     if not bool(x.isfinite().all()):
         bad = int((~x.isfinite()).sum())
         raise OctavoError(
@@ -235,25 +250,6 @@ def _encode_scaled(
     return QTensor(_codes(y, fmt), scale, zero_point, fmt, block, x.dtype)
 
 
-def fake_quantize(x: Tensor, how: Cast | None, generator: torch.Generator | None = None) -> Tensor:
-    """``quantize(x).dequantize()`` in ``x``'s dtype; the gradient passes straight through. ``None`` gives ``x``."""
-    if how is None:
-        return x
-    _check_float(x)
-    result: Tensor = _StraightThrough.apply(x, how, generator)
-    return result
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, how: Cast, generator: torch.Generator | None) -> Tensor:
-        return quantize_unchecked(x, how, generator=generator).dequantize(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient, None, None
-
-
 def sqnr(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise, ``10 · log10(Σ reference² / Σ (reference − approximation)²)`` in dB; ∞ if equal."""
     if reference.shape != approximation.shape:
@@ -268,24 +264,66 @@ def sqnr(reference: Tensor, approximation: Tensor) -> float:
     return 20 * math.log10(power / lost) if power > 0 else (math.nan if math.isnan(lost) else -math.inf)
 
 
-def _round(
-    x: Tensor, fmt: Format, rounding: Rounding, overflow: ops.Overflow, noise: Tensor | None, symmetric: bool = False
-) -> Tensor:
-    grid, dtype, given = fmt.grid, x.dtype, x
-    if fmt.stretch != 1:  # a fractional bias: the grid of the next lower integer bias, stretched
-        x = x.double() / fmt.stretch
+def in_place(x: Tensor, change: Callable[[], None], straight_through: bool) -> Tensor:
+    """``x`` after ``change``, which changes its numbers, with that gradient or none; torch refuses what it must."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        if (x if x._base is None else x._base).is_leaf:  # torch would say so when it is too late
+            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+        changed: Tensor = _InPlace.apply(x, change, straight_through)
+        return changed
+    change()
+    return x
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: Callable[[], None], straight_through: bool) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.straight_through = straight_through
+        change()
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient if ctx.straight_through else torch.zeros_like(gradient), None, None
+
+
+def _kernel_overflow(fmt: Format, overflow: OverflowPolicy) -> ops.Overflow:
+    if overflow == "saturate":
+        return "saturate"
+    if overflow == "error":
+        return "nan"
+    if overflow == "nonsaturating":
+        if not (fmt.has_infinity or fmt.has_nan):
+            raise OctavoError(f"{fmt.name} has neither infinity nor NaN to overflow to; use 'saturate' or 'error'")
+        return "inf" if fmt.has_infinity else "nan"
+    raise OctavoError(f"overflow is 'saturate', 'nonsaturating' or 'error', not {overflow!r}")
+
+
+def _kernel_grid(
+    fmt: Format, rounding: Rounding, overflow: ops.Overflow, symmetric: bool = False
+) -> tuple[int, int, float, float, Rounding, ops.Overflow, bool, bool]:
+    """The format as ``ops.cast`` takes it, but for a stretch."""
+    grid = fmt.grid
     low, high = grid.low, grid.high
     if symmetric and fmt.signed:
         low, high = max(low, -high), min(high, -low)
     # kernels take 2**emin for the exponent field 1; a pure scale's is 0, and one step down sets its ties to even right
     emin = grid.emin - (not fmt.zero)
-    negative_zero = fmt.has_negative_zero
-    flush = not fmt.subnormals
-    y = ops.cast(x, grid.mantissa, emin, low, high, rounding, overflow, flush, negative_zero, noise)
+    return grid.mantissa, emin, low, high, rounding, overflow, not fmt.subnormals, fmt.has_negative_zero
+
+
+def _round(
+    x: Tensor, fmt: Format, rounding: Rounding, overflow: ops.Overflow, noise: Tensor | None, symmetric: bool = False
+) -> Tensor:
+    dtype, given = x.dtype, x
+    if fmt.stretch != 1:  # a fractional bias: the grid of the next lower integer bias, stretched
+        x = x.double() / fmt.stretch
+    y = ops.cast(x, *_kernel_grid(fmt, rounding, overflow, symmetric), noise)
     if fmt.stretch == 1:
         return y
     # dividing by the stretch may land beside the grid: what is on it already, in its own dtype, stays
-    near = ops.cast(x, grid.mantissa, emin, low, high, "nearest-even", "saturate", flush, negative_zero, None)
+    near = ops.cast(x, *_kernel_grid(fmt, "nearest-even", "saturate", symmetric), None)
     on_grid = (near * fmt.stretch).to(dtype).double() == given.double()
     return (near.where(on_grid, y) * fmt.stretch).to(dtype)
 
@@ -310,7 +348,8 @@ def _noise(x: Tensor, rounding: Rounding, generator: torch.Generator | None) -> 
     return torch.rand(x.shape, dtype=dtype, device=x.device, generator=generator)
 
 
-def _check_float(x: Tensor) -> None:
+def check_float(x: Tensor) -> None:
+    """Raise ``OctavoError`` for what is no float, or holds no numbers."""
     if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise OctavoError(f"expected a float32, float64, bfloat16 or float16 tensor, not {x.dtype}; convert it first")
     if x.is_meta:

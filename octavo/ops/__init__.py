@@ -1,6 +1,7 @@
 """Operators on raw tensors: ``schema`` declares them, ``reference`` is the law, ``cpu`` and ``cuda`` are the speed."""
 
 from octavo.ops import cpu, cuda, native, reference
+from octavo.ops.fake_quantize import cast_, fake_quantize, fake_quantize_
 from octavo.ops.schema import (
     OVERFLOWS,
     ROUNDINGS,
@@ -36,10 +37,13 @@ __all__ = [
     "accumulate_mm_aligned",
     "accumulate_mm_integer",
     "cast",
+    "cast_",
     "cpu",
     "cuda",
     "decode",
     "encode",
+    "fake_quantize",
+    "fake_quantize_",
     "float_mm",
     "int_mm",
     "linear",

@@ -147,6 +147,7 @@ def cast(
     flush: bool,
     negative_zero: bool,
     noise: Tensor | None,
+    *,
     in_place: bool = False,
 ) -> Tensor | None:
     """Round to a number grid (``schema.cast`` says how), or None if the kernel does not take this call."""
