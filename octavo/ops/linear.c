@@ -1,8 +1,5 @@
 /* A whole layer: the input's rows to codes, then their product with the weight, with no temporaries but the codes. */
 #include "product.h"
-#include "rows.h"
-
-int octavo_quantize_rows(const Rows *r, int isa, int threads);
 
 INLINE float float32_of(const void *x, int type, int64_t i) {
     if (type == F32) return ((const float *)x)[i];
@@ -28,19 +25,20 @@ int octavo_linear(const Rows *rows, const Product *product, int type, const floa
     float *const wide = (float *)(memory + copies + 2 * lines(4 * scales));
     for (int64_t j = 0; biases && j < p.n; j++) wide[j] = float32_of(bias, bias_type, j);
     p.bias = biases ? wide : bias;
+    Rows r;
     int failed = 0;
     if (rows) {
-        Rows r = *rows;
+        r = *rows;
         r.codes = (uint8_t *)memory, r.scale = scale, r.zeros = affine ? zeros : NULL;
+        p.a = r.codes, p.lda = p.k, p.left = r.scale, p.zeros = r.zeros;
         if (given) *scale = *given;
         if (given && affine) *zeros = *given_zero;
-        failed = octavo_quantize_rows(&r, isa, threads);
-        p.a = r.codes, p.lda = p.k, p.left = r.scale, p.zeros = r.zeros;
+        if (given) failed = octavo_quantize_rows(&r, isa, threads); /* what is not finite anywhere spoils all */
     } else if (p.kind == REALS && type != F32) {
         for (int64_t i = 0; i < p.m * p.k; i++) ((float *)memory)[i] = float32_of(p.a, type, i);
         p.a = memory;
     }
-    failed = failed || octavo_product(&p, threads);
+    failed = failed || octavo_product(&p, rows && !given ? &r : NULL, isa, threads);
     free(memory);
     return failed;
 }

@@ -360,7 +360,7 @@ def scaled_mm(
             return None
         setattr(product, f"{side}_row", columns if rows > 1 else 0)
         setattr(product, f"{side}_span", 1 if columns > 1 else stretches)
-    return None if lib.octavo_product(ctypes.byref(product), torch.get_num_threads()) else c
+    return None if lib.octavo_product(ctypes.byref(product), None, 0, torch.get_num_threads()) else c
 
 
 def scale_sums(sums: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -608,7 +608,7 @@ def _declared(name: str, lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.octavo_quantize_rows.restype = number
     lib.octavo_scale_sums.argtypes = (pointer, number, *[pointer] * 4, number, count, count, number, number)
     lib.octavo_scale_sums.restype = None
-    lib.octavo_product.argtypes = (ctypes.POINTER(_Product), number)
+    lib.octavo_product.argtypes = (ctypes.POINTER(_Product), pointer, number, number)
     lib.octavo_product.restype = number
     return lib
 

@@ -22,6 +22,7 @@
 #define AVX512_DOTS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni" WIDE)))
 #define UNROLL _Pragma("GCC unroll 16")
 enum { LANES = 16, PANEL = 3, STRIP = LANES * PANEL, LOT = 48, DEPTH = 1024, FEW = 4 };
+enum { AHEAD = 9216 }; /* bytes of B that are asked for before they are used, for few rows of A */
 
 /* Sums of either kind, as 32-bit words. */
 INLINE AVX512_DOTS __m512i dot(int kind, __m512i sum, __m512i a, __m512i b) {
@@ -119,37 +120,36 @@ INLINE int64_t stretches_of(const Product *p) { return p->k ? (p->k + p->stretch
 /* The first vector of a strip; strips are as even as whole vectors allow. */
 INLINE int64_t strip_start(int64_t strip, int64_t strips, int64_t vectors) { return strip * vectors / strips; }
 
-/* Lays a strip of A out as panel[stretch][word][vector], and its scales and offsets as [stretch][STRIP]; absent rows
- * and what is missing of a stretch's last word are 0. */
-AVX512_DOTS static void pack(const Product *p, int64_t i0, int vectors, __m512i *panel, float *lefts,
+/* Lays vector v of a strip of A out as panel[stretch][word][v], and its scales and offsets as [stretch][STRIP]; absent
+ * rows and what is missing of a stretch's last word are 0. */
+AVX512_DOTS static void pack(const Product *p, int64_t i0, int v, int vectors, __m512i *panel, float *lefts,
                              int32_t *offsets) {
-    const int64_t m = least(p->m - i0, vectors * LANES), words = words_of(p->kind, p->stretch);
+    const int64_t m = p->m - i0, words = words_of(p->kind, p->stretch);
     const int64_t per_word = p->kind == INTEGERS ? 4 : 2;
     const __m512i flip = _mm512_set1_epi8((char)p->flip);
     Table table;
     if (p->a_table) table = table_of(p->a_table);
     for (int64_t s = 0; s < stretches_of(p); s++, panel += words * vectors) {
         const int64_t k = least(p->k - s * p->stretch, p->stretch);
-        for (int64_t i = 0; i < STRIP; i++) {
+        for (int64_t i = v * LANES; i < (v + 1) * LANES; i++) {
             const int64_t at = (i0 + i) * p->left_row + s / p->left_span;
             lefts[s * STRIP + i] = i < m && p->left ? p->left[at] : 0;
             offsets[s * STRIP + i] = i < m ? (p->flip ? 128 : 0) + (p->zeros ? p->zeros[at] : 0) : 0;
         }
-        for (int v = 0; v < vectors; v++)
-            for (int64_t w = 0; w < words; w += LANES) {
-                __m512i r[16];
-                const int64_t j = w * per_word;
-                UNROLL for (int i = 0; i < 16; i++) {
-                    const int64_t row = v * LANES + i, at = (i0 + row) * p->lda + s * p->stretch + j;
-                    if (row >= m) r[i] = _mm512_setzero_si512();
-                    else if (p->a_table) r[i] = load_codes(table, (const uint8_t *)p->a + at, k - j);
-                    else if (p->kind == FLOATS) r[i] = load16((const uint16_t *)p->a + at, k - j);
-                    else r[i] = _mm512_xor_si512(load8((const uint8_t *)p->a + at, k - j), flip);
-                }
-                transpose(r);
-                UNROLL for (int i = 0; i < 16; i++)
-                    if (w + i < words) panel[(w + i) * vectors + v] = r[i];
+        for (int64_t w = 0; w < words; w += LANES) {
+            __m512i r[16];
+            const int64_t j = w * per_word;
+            UNROLL for (int i = 0; i < 16; i++) {
+                const int64_t row = v * LANES + i, at = (i0 + row) * p->lda + s * p->stretch + j;
+                if (row >= m) r[i] = _mm512_setzero_si512();
+                else if (p->a_table) r[i] = load_codes(table, (const uint8_t *)p->a + at, k - j);
+                else if (p->kind == FLOATS) r[i] = load16((const uint16_t *)p->a + at, k - j);
+                else r[i] = _mm512_xor_si512(load8((const uint8_t *)p->a + at, k - j), flip);
             }
+            transpose(r);
+            UNROLL for (int i = 0; i < 16; i++)
+                if (w + i < words) panel[(w + i) * vectors + v] = r[i];
+        }
     }
 }
 
@@ -390,6 +390,7 @@ INLINE AVX512_DOTS void dots(int kind, int coded, int rows, int columns, const P
                 else if (coded) w = load_codes(table, (const uint8_t *)right[j] + c, k - c);
                 else if (kind == FLOATS) w = load16((const uint16_t *)right[j] + c, k - c);
                 else w = load8((const uint8_t *)right[j] + c, k - c);
+                _mm_prefetch(right[j] + c * bytes + AHEAD, _MM_HINT_T0);
                 if (kind == INTEGERS) total[j] = _mm512_dpbusd_epi32(total[j], one, w);
                 if (kind == SIGNED) w = _mm512_xor_si512(w, flip);
                 UNROLL for (int i = 0; i < rows; i++) {
@@ -462,15 +463,16 @@ AVX512_DOTS static void unfold(const Product *p, char *restrict to, int64_t lda)
     }
 }
 
-/* 0, or 1: there was no memory, a zero point is no code, and sums may exceed 32 bits, or REALS has many rows. */
-int octavo_product(const Product *p, int threads) {
-    const int64_t work = p->m * p->n * p->k, zeros = p->zeros ? p->m * p->left_row : 0;
-    for (int64_t i = 0; i < zeros || (p->zeros && i == 0); i++)
+/* 0, or 1: there was no memory, a zero point is no code, and sums may exceed 32 bits, or REALS has many rows.
+ * `rows`: how A's codes are made, if they are not there yet; they have scales of their own. */
+int octavo_product(const Product *p, const Rows *rows, int isa, int threads) {
+    const int64_t work = p->m * p->n * p->k, zeros = p->zeros && !rows ? p->m * p->left_row : 0;
+    for (int64_t i = 0; i < zeros || (p->zeros && !rows && i == 0); i++)
         if (p->zeros[i] != (p->flip ? (int8_t)p->zeros[i] : (uint8_t)p->zeros[i])) return 1;
     if (p->m <= FEW) {
         const int64_t lda = (p->k * (p->kind == REALS ? 4 : 2) + 63) / 64 * 64, lots = (p->n + LOT - 1) / LOT;
         char *a = aligned_alloc(64, p->m * lda + 64);
-        if (!a) return 1;
+        if (!a || (rows && octavo_quantize_rows(rows, isa, threads))) return free(a), 1;
         unfold(p, a, lda);
         Dots *const run = dots_for(p);
         if (work <= 1 << 17) { /* a team takes microseconds */
@@ -493,23 +495,29 @@ int octavo_product(const Product *p, int threads) {
     const int64_t panels = a.vectors * a.words * sizeof(__m512i), scales = a.strips * stretches * STRIP * 4;
     const int64_t decoded = p->b_table ? LOT * (4 * a.words + 64 + 192) + 64 : 64;
     const int64_t scratch = (stretches * LOT * 8 + decoded + 4095) / 4096 * 4096 + 64;
-    char *memory = aligned_alloc(64, panels + 2 * scales + threads * scratch);
+    const int64_t buffer = rows ? 4 * octavo_row_buffer(rows) : 0;
+    char *memory = aligned_alloc(64, panels + 2 * scales + threads * (scratch + buffer));
     if (!memory) return 1;
     a.panels = (__m512i *)memory;
     a.lefts = (float *)(memory + panels);
     a.offsets = (int32_t *)(memory + panels + scales);
-    char *const scratches = memory + panels + 2 * scales;
+    char *const scratches = memory + panels + 2 * scales, *const buffers = scratches + threads * scratch;
     int64_t taken = 0, packed = 0;
 #pragma omp parallel num_threads(threads) if (work > 1 << 20)
     {
         /* no barrier: on a busy machine the others may not have begun, and who is here does it all */
-        for (int64_t s; (s = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED)) < a.strips;) {
-            const int64_t v = strip_start(s, a.strips, a.vectors);
-            pack(p, v * LANES, (int)(strip_start(s + 1, a.strips, a.vectors) - v), a.panels + v * a.words,
-                 a.lefts + s * stretches * STRIP, a.offsets + s * stretches * STRIP);
+        for (int64_t v; (v = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED)) < a.vectors;) {
+            const int64_t from = v * LANES;
+            if (rows)
+                octavo_quantize_some(rows, from, least(from + LANES, p->m), (float *)(buffers + THREAD * buffer), isa);
+            int64_t s = v * a.strips / a.vectors; /* the strip that v is in */
+            while (s + 1 < a.strips && strip_start(s + 1, a.strips, a.vectors) <= v) s++;
+            const int64_t first = strip_start(s, a.strips, a.vectors);
+            pack(p, first * LANES, (int)(v - first), (int)(strip_start(s + 1, a.strips, a.vectors) - first),
+                 a.panels + first * a.words, a.lefts + s * stretches * STRIP, a.offsets + s * stretches * STRIP);
             __atomic_fetch_add(&packed, 1, __ATOMIC_RELEASE);
         }
-        while (__atomic_load_n(&packed, __ATOMIC_ACQUIRE) < a.strips) sched_yield();
+        while (__atomic_load_n(&packed, __ATOMIC_ACQUIRE) < a.vectors) sched_yield();
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t t = 0; t < lots * shares; t++) {
             char *const mine = scratches + THREAD * scratch;
@@ -522,5 +530,5 @@ int octavo_product(const Product *p, int threads) {
 }
 
 #else /* never called: octavo_isa() says SCALAR */
-int octavo_product(const Product *p, int threads) { return 1; }
+int octavo_product(const Product *p, const Rows *rows, int isa, int threads) { return 1; }
 #endif

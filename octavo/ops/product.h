@@ -2,7 +2,7 @@
 #ifndef OCTAVO_PRODUCT_H
 #define OCTAVO_PRODUCT_H
 
-#include "common.h"
+#include "rows.h"
 
 /* What is multiplied: bfloat16; int8 in B and bytes in A; or float32 in A and codes in B. */
 enum { FLOATS, INTEGERS, REALS };
@@ -21,6 +21,6 @@ typedef struct {
     int32_t kind, out, flip;        /* flip: what is xored to bytes of A to make them unsigned */
 } Product;
 
-int octavo_product(const Product *p, int threads);
+int octavo_product(const Product *p, const Rows *rows, int isa, int threads);
 
 #endif

@@ -129,10 +129,17 @@ static QuantizeRow *const quantizers[] = {row_scalar, row_avx2, row_avx512};
 static QuantizeRow *const quantizers[] = {row_scalar};
 #endif
 
+/* Rows from one to another, by a thread that has its own buffer of octavo_row_buffer() floats. */
+void octavo_quantize_some(const Rows *r, int64_t from, int64_t to, float *buffer, int isa) {
+    for (int64_t i = from; i < to; i++) quantizers[isa](r, i, buffer, 0);
+}
+
+int64_t octavo_row_buffer(const Rows *r) { return r->dtype == F32 ? 0 : (r->k + 63) / 64 * 64; }
+
 /* 0, or 1: there was no memory. A given scale of all becomes NaN if anything is not finite, and so does all else. */
 int octavo_quantize_rows(const Rows *r, int isa, int threads) {
     QuantizeRow *const row = quantizers[isa];
-    const int64_t width = r->dtype == F32 ? 0 : (r->k + 63) / 64 * 64;
+    const int64_t width = octavo_row_buffer(r);
     float *buffers = malloc(threads * width * 4 + 1);
     int finite = 1;
     if (!buffers) return 1;

@@ -82,4 +82,8 @@ INLINE void range_of(const float *restrict x, int64_t n, uint32_t *top, float *l
     *top = most;
 }
 
+int octavo_quantize_rows(const Rows *r, int isa, int threads);
+void octavo_quantize_some(const Rows *r, int64_t from, int64_t to, float *buffer, int isa);
+int64_t octavo_row_buffer(const Rows *r);
+
 #endif
