@@ -36,7 +36,7 @@ class GPTQ:
     """
 
     damping: float = 0.01
-    follow_damping: float = 0.1
+    follow_damping: float = 0.5
     follow: bool = True
     ordered: bool = True
 
@@ -131,7 +131,7 @@ class Rounder:
 
     def __init__(self, halves: tuple[Moments, Moments], how: GPTQ = GPTQ()) -> None:
         whole = halves[0] + halves[1]
-        self.rows = whole.rows
+        self.rows, self._how = whole.rows, how
         self._inverse = Inverse(whole, how.damping, how.ordered)
         self._moments = (whole, *halves) if how.follow and bool(whole.cross.any()) else ()
         self._regressions = [Inverse(part, how.follow_damping, False) for part in self._moments]
@@ -140,7 +140,7 @@ class Rounder:
         """The floats [N, K] whose product with the inputs in 8 bits comes near to the float model's, as far as shown.
 
         With ``Δ`` the step of one half's regression, the other half's loss falls by ``2a ⟨Δ, W Dᵀ⟩ − a² ⟨Δ, Δ H⟩`` over
-        ``a`` times the step (``D = X̂ᵀ (X − X̂)``); the best ``a`` for both, from 0 to 1, is taken.
+        ``a`` times the step (``D = X̂ᵀ (X − X̂)``); the best ``a`` for both is taken.
         """
         if not self._moments:
             return weight
@@ -151,7 +151,8 @@ class Rounder:
         for own, moments, lacking in zip(steps, reversed(self._moments[1:]), reversed(missing[1:]), strict=True):
             gained += float((own * lacking).sum())
             needed += float((own @ moments.square * own).sum())
-        share = min(1.0, max(0.0, gained / needed)) if needed > 0 else 0.0
+        most = 1 + self._how.follow_damping  # which undoes the damping where inputs are independent
+        share = min(most, max(0.0, gained / needed)) if needed > 0 else 0.0
         return (exact + share * step).to(weight.dtype)
 
     def round(self, target: Tensor, nearest: QTensor, how: Cast) -> QTensor:
