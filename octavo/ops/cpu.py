@@ -26,8 +26,6 @@ def cast(
 ) -> Tensor:
     """Round to a number grid in one pass, natively where possible."""
     grid = (mantissa, emin, low, high, rounding, overflow, flush, negative_zero)
-    if x.dtype == torch.float16:  # exact in float32
-        return cast(x.float(), *grid, noise).half()
     x = x.contiguous()
     noise = None if noise is None else noise.contiguous()
     fast = native.cast(x, *grid, noise)
