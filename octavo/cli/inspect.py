@@ -1,11 +1,14 @@
-"""``octavo inspect``: what a checkpoint holds, from its headers alone; or, by histogram.py, one layer's numbers."""
+"""``octavo inspect``: what a checkpoint holds, from its headers alone.
+
+Or one layer's numbers, by histogram.py, or the outliers among what enters the layers, by outliers.py.
+"""
 
 import argparse
 import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from octavo.cli import histogram, opening
+from octavo.cli import histogram, opening, outliers
 from octavo.cli.console import Screen, count, mb, table
 from octavo.cli.report import pattern
 from octavo.errors import OctavoError
@@ -20,11 +23,13 @@ Reads only the headers of a checkpoint: its family, parameters, bytes by number 
 8-bit folder, which layers have which scheme and what was left in float.
 
 With --layer it opens the model and draws the histogram of a layer's weights, or of its inputs on
-calibration data, with the range that a scheme gives them and what that clips.""",
+calibration data, with the range that a scheme gives them and what that clips. With --outliers it
+looks for the few numbers that make 8 bits hard: outlier dimensions, massive activations, tails.""",
     """\
 examples:
   octavo inspect demo
   octavo inspect small --tensors
+  octavo inspect demo --outliers --html outliers.html
   octavo inspect demo --layer model.layers.0.mlp.down_proj
   octavo inspect demo --layer model.layers.0.mlp.down_proj --input --calibrate percentile=99.9""",
 )
@@ -37,10 +42,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=opening.ANY_MODEL)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     histogram.add(parser)
+    outliers.add(parser)
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> None:
-    """Read the headers and report, or look at a layer."""
+    """Read the headers and report, or look at a layer, or for outliers."""
+    if arguments.outliers:
+        outliers.run(arguments, screen)
+        return
+    if arguments.threshold is not None:
+        raise OctavoError("--threshold is for --outliers; add it, or leave the threshold out")
     if arguments.layer is not None:
         histogram.run(arguments, screen)
         return
