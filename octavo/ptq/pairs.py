@@ -90,7 +90,7 @@ class _Search:
                 raise _Unfit(obstacle)
             if not readers:
                 return
-            if both := taken & set(readers):
+            if both := taken & {x.name for x in readers}:
                 raise _Unfit(f"the input of {min(both)} is scaled elsewhere already")
             self._check(step, module, linear, readers)
             if linear is None:
