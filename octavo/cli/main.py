@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TextIO
 from octavo.cli.console import Screen, tell
 from octavo.errors import OctavoError, OctavoWarning
 
-COMMANDS = ("quantize", "evaluate", "inspect", "formats", "experiment", "doctor")
+COMMANDS = ("quantize", "evaluate", "inspect", "formats", "bench", "experiment", "doctor")
 DEBUG = "OCTAVO_DEBUG"
 TABLE_ROW = re.compile(r"  \S+( \S+)*  +(?=\S)")  # of a help text: a name, a gap, and what it means
 ABOUT = """\
@@ -32,6 +32,7 @@ begin with:
   octavo quantize demo --out small                           a small model, in 8 bits
   octavo quantize FOLDER --scheme fp8-dynamic --out small    your own
   octavo evaluate small                                      how well it still predicts
+  octavo bench demo                                          what it gains in speed here
 
 {schemes}
 
