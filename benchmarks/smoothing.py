@@ -1,8 +1,8 @@
 """Smoothing on the demo model: what α does for norms and for ``up_proj → down_proj``, by scheme.
 
 ``python -m benchmarks.smoothing [scheme …]`` writes docs/smoothing.md and .json. Text is Python's own documentation:
-one half calibrates, the other judges, by perplexity and by how far the predictions are from the float model's (KL), which
-scatters less. Results are kept after every row, and rows that are there are not measured again: remove the .json first.
+one half calibrates, the other judges, by perplexity and by how far the predictions are from the float model's (KL),
+which scatters less. Rows are kept as they come and not measured again: remove the .json first.
 """
 
 import copy

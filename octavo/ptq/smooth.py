@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from octavo.calibration.batches import Call, Track, eagerly, enter, evaluating, several
+from octavo.calibration.batches import Call, Track, several
 from octavo.calibration.minmax import MinMax
 from octavo.calibration.observer import Observer
 from octavo.calibration.run import Calibration
@@ -32,15 +31,13 @@ from octavo.errors import OctavoError
 from octavo.nn import swap
 from octavo.nn.linear import QuantizedLinear
 from octavo.nn.swap import Layer
-from octavo.nn.trace import undisturbed
 from octavo.ptq.pairs import Pair, find
 from octavo.ptq.rules import Rule, Rules, deciding
+from octavo.ptq.trial import Move, power_of_two, unfit
 
 Alpha = float | Literal["search"]
 LEAST = 1e-5
 GRID = tuple(step / 20 for step in range(4, 20))  # what a search tries, beside leaving the pair alone
-TRIED = 64  # rows of every layer's input that are compared when scales are tried
-SLACK = 1e-3  # scales are tried as powers of two, exactly; this is for sums in another order
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,8 @@ def smooth_(
 
     ``data``: batches as for calibration, passed once. ``rules``, which the model will be quantized by, say which layers
     count; ``alpha``, from 0 to 1, is for those whose rule has no ``smooth`` of its own (None: only those that have).
-    "search" takes for each pair the α with the smallest error of the layers' results under their schemes, on up to 256
-    tokens, each token's error relative to its result. A channel that was always 0 keeps its scale.
+    "search" takes for each pair the α with the smallest squared error of the layers' results under their schemes, on
+    up to 256 tokens. A channel that was always 0 keeps its scale.
 
     Raises ``OctavoError``, before anything is changed, if there is nothing to smooth, no data, NaN, or if layers that
     read one result are to have different α.
@@ -170,7 +167,7 @@ def _plan(
         work = [_Work(model, pair, how, wanted, layers, seen) for pair, how in chosen]
         for one in track(work, "smoothing") if track else work:
             one.choose_scale()
-        work = _tried(model, work, example, call, left)
+        work = _fit(model, work, example, call, left)
     if not work:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
         raise OctavoError(f"nothing to smooth: {reasons or 'no layer becomes 8-bit'}")
@@ -230,7 +227,7 @@ class _Work:
 
     @torch.no_grad()
     def _error(self, scale: Tensor) -> float:
-        """What 8 bits change about the readers' results on the sample: squares, relative to each token's result."""
+        """What 8 bits change about the readers' results on the sample, squared."""
         total = 0.0
         for layer, scheme, seen in zip(self.readers, self.schemes, self.watched, strict=True):
             if scheme is None or not seen.count:
@@ -244,10 +241,8 @@ class _Work:
                 ends = MinMax()
                 ends.update(torch.stack((seen._low / scale, seen._high / scale)))
                 fixed["input_scale"], fixed["input_zero_point"] = ends.scale(scheme.input)
-            exact = x @ matrix.T
-            error = QuantizedLinear(weight, None, scheme, **fixed)(x / factor) - exact
-            power = exact.square().sum(1)
-            total += float((error.square().sum(1) / power.clamp_min(float(power.mean()) * 1e-6)).sum())
+            error = QuantizedLinear(weight, None, scheme, **fixed)(x / factor) - x @ matrix.T
+            total += float(error.double().square().sum())
         return total
 
     def obstacle(self) -> str | None:
@@ -309,11 +304,6 @@ def scales(largest: Tensor, columns: Tensor, alpha: float) -> Tensor:
     return found.where((largest != 0) & (columns != 0), 1.0).float()
 
 
-def power_of_two(scale: Tensor) -> Tensor:
-    """The nearest power of two to each positive number."""
-    return torch.exp2(scale.log2().round())
-
-
 def _largest(matrix: Tensor, dim: int) -> Tensor:
     low, high = matrix.detach().aminmax(dim=dim)
     return torch.maximum(-low, high).float().cpu()
@@ -355,74 +345,21 @@ def _watch(
     return Calibration(observers).run(model, batches, call=call, track=track)
 
 
-def _tried(model: nn.Module, work: list[_Work], example: Any, call: Call | None, left: dict[str, str]) -> list[_Work]:
-    """The pairs whose scale really reaches all readers and nothing else, tried on the example; why not goes to left."""
-
-    def leave(one: _Work, why: str) -> None:
-        work.remove(one)
-        left.update(dict.fromkeys((x.name for x, scheme in zip(one.readers, one.schemes, strict=True) if scheme), why))
-
-    for one in list(work):
-        if (why := one.obstacle()) is not None:
-            leave(one, why)
-    expected, result = _run(model, work, example, call, scaled=False)
-    while work:
-        seen, scaled_result = _run(model, work, example, call, scaled=True)
-        wrong = [one for one in work if not all(_close(expected[n], seen.get(n)) for n in one.pair.readers)]
-        if wrong:  # those behind it may only be its victims
-            leave(wrong[0], f"scaling the result of {wrong[0].pair.source} does more than scale its input")
-        elif all(map(_close, result, scaled_result)):
-            break
-        else:
-            raise OctavoError(
-                f"{type(model).__name__} gives another result when the layers' inputs are the same; nothing was "
-                "changed. Does it depend on chance, or on what ran before?"
+def _fit(model: nn.Module, work: Iterable[_Work], example: Any, call: Call | None, left: dict[str, str]) -> list[_Work]:
+    """The pairs whose scale can be applied, and really reaches all readers and nothing else; why not goes to left."""
+    obstacles = {one: one.obstacle() for one in work}
+    moves = {
+        one: Move(one.source, {layer.name: layer.module for layer in one.readers}, one.scale)
+        for one, why in obstacles.items()
+        if why is None
+    }
+    wrong = unfit(model, moves.values(), example, call)
+    for one, why in obstacles.items():
+        if one in moves and moves[one] in wrong:
+            why = f"scaling the result of {one.pair.source} does more than scale its input"
+        if why is not None:
+            obstacles[one] = why
+            left.update(
+                dict.fromkeys((x.name for x, scheme in zip(one.readers, one.schemes, strict=True) if scheme), why)
             )
-    return work
-
-
-def _run(
-    model: nn.Module, work: Iterable[_Work], example: Any, call: Call | None, scaled: bool
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Rows of what the readers read, and the model's result; with scales moved as they would be, but by hooks.
-
-    The scales are powers of two here, so that the result is the same bit for bit.
-    """
-    rows: dict[str, Tensor] = {}
-    handles = []
-
-    def reading(name: str, factor: Tensor | None) -> Callable[..., Any]:
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x = args[0] if args else next(iter(kwargs.values()))
-            x = x if factor is None else x * factor.to(x)
-            rows[name] = x.detach().reshape(-1, x.shape[-1])[:TRIED].clone()
-            return ((x, *args[1:]), kwargs) if args else (args, {next(iter(kwargs)): x})
-
-        return look
-
-    def making(factor: Tensor) -> Callable[..., Any]:
-        return lambda module, args, y: y / factor.to(y)
-
-    with evaluating(model), eagerly(model), undisturbed(model), torch.no_grad():
-        try:
-            for one in work:
-                factor = power_of_two(one.scale) if scaled else None
-                if factor is not None:
-                    handles.append(one.source.register_forward_hook(making(factor)))
-                for layer in one.readers:
-                    look = reading(layer.name, factor)
-                    handles.append(layer.module.register_forward_pre_hook(look, with_kwargs=True))
-            result = enter(model, example, call)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return rows, [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-def _close(expected: Tensor, seen: Tensor | None) -> bool:
-    if seen is None or expected.shape != seen.shape:
-        return False
-    if expected.numel() == 0:
-        return True
-    slack = SLACK * float(expected.abs().max())
-    return torch.allclose(seen, expected, rtol=SLACK, atol=slack * 1e-3, equal_nan=True)
+    return [one for one, why in obstacles.items() if why is None]

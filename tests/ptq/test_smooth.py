@@ -8,7 +8,8 @@ from torch import nn
 
 import octavo as ov
 from octavo import OctavoError, Rule
-from octavo.ptq.smooth import power_of_two, scales, smooth_
+from octavo.ptq.smooth import scales, smooth_
+from octavo.ptq.trial import power_of_two
 from tests.nn import models
 
 
