@@ -77,23 +77,26 @@ class QuantizedLinear(QuantizedLayer):
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise OctavoError(f"the layer takes floats […, {self.in_features}], not {x.dtype} {list(x.shape)}")
         if self.scheme.outliers is not None and may_hold(x, self.scheme.outliers):
-            y = multiply_apart(self, x.reshape(x.shape[:-1].numel(), self.in_features))
-            return self.activate(y).view(*x.shape[:-1], self.out_features)
+            return self.activate(multiply_apart(x, self.scheme.outliers, self.quantized_weight, self._multiply))
+        return self.activate(self._multiply(x))
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """``x`` cast and multiplied, with the bias, before any clamp."""
         how = self.plan
         if how is not None and x.dtype != torch.float64:
             has: dict[str, Any] = self._buffers  # quicker than attributes
             weight = ops.Weight(has["codes"], has["scale"], how.rows, how.columns, has["table"])
             if how.numbers is None:
-                return self.activate(ops.linear_weight_only(x, weight, has["bias"]))
+                return ops.linear_weight_only(x, weight, has["bias"])
             scales = (has["input_table"], has["input_scale"], has["input_zero_point"])
             settings = (how.affine, how.power_of_two)
-            return self.activate(ops.linear(x, weight, has["bias"], how.group, how.numbers, *scales, *settings))
+            return ops.linear(x, weight, has["bias"], how.group, how.numbers, *scales, *settings)
         if self.scheme.input is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return self.activate(F.linear(x, self.quantized_weight.dequantize(x.dtype), bias))
+            return F.linear(x, self.quantized_weight.dequantize(x.dtype), bias)
         rows = self.quantize_input(x.reshape(x.shape[:-1].numel(), self.in_features))
         y = multiply(rows, self.quantized_weight, self.bias, x.dtype)
-        return self.activate(y).view(*x.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -11,12 +11,13 @@ bitsandbytes once a model is loaded; the paper multiplies with the 16-bit weight
 NaN is no outlier: it makes its row NaN, as in any 8-bit layer. An infinity is one.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from octavo.core.formats import FloatFormat
-from octavo.core.matmul import multiply
-from octavo.nn.layer import QuantizedLayer
+from octavo.core.qtensor import QTensor
 from octavo.ops.outliers import add_columns, column_peaks
 
 
@@ -30,15 +31,16 @@ def may_hold(x: Tensor, threshold: float) -> bool:
     return not (float(high) <= threshold and float(low) >= -threshold)
 
 
-def multiply_apart(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """``x @ Wᵀ + b`` of ``x`` [M, in] with its outliers taken out, [M, out] in ``x``'s dtype."""
-    threshold, weight = layer.scheme.outliers, layer.quantized_weight
-    assert threshold is not None
-    x = x.detach()
-    peaks = column_peaks(x)
-    rest = torch.where(peaks > threshold, 0.0, x)
-    sums = multiply(layer.quantize_input(rest), weight, layer.bias, torch.float32)
-    fmt = weight.format
+def multiply_apart(x: Tensor, threshold: float, weight: QTensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    """``x @ Wᵀ + b`` of ``x`` […, in] with its outliers taken out, […, out] in ``x``'s dtype.
+
+    ``multiply`` does so without outliers, in its argument's dtype.
+    """
+    rows = x.detach().reshape(-1, weight.shape[1])
+    peaks = column_peaks(rows)
+    wide = rows if x.dtype == torch.float64 else rows.float()
+    sums = multiply(torch.where(peaks > threshold, 0.0, wide)).float()
+    fmt, codes, scale, zeros = weight.format, weight.codes, weight.scale, weight.zero_point
     table = fmt.table_in(torch.float32, weight.device) if isinstance(fmt, FloatFormat) else None
-    codes, scale, zeros = weight.codes, weight.scale, weight.zero_point
-    return add_columns(sums, x, peaks, threshold, codes, table, scale, zeros, weight.block, x.dtype)
+    y = add_columns(sums, rows, peaks, threshold, codes, table, scale, zeros, weight.block, x.dtype)
+    return y.view(*x.shape[:-1], weight.shape[0])
