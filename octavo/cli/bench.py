@@ -4,7 +4,7 @@ import argparse
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,11 +91,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, screen: Screen) -> None:
     """Measure the machine, then the contenders in turns; show what there is, whole or interrupted."""
     from octavo.analysis.bench import linear
-    from octavo.analysis.bench.race import Race
+    from octavo.analysis.bench.race import Race, compiling
 
     _check(arguments)
     schemes, peers = _schemes(arguments.schemes), _peers(arguments)
-    with _threads(arguments.threads) as threads, _quiet():
+    with _threads(arguments.threads) as threads, _quiet(), compiling() if arguments.compile else nullcontext():
         race = Race(linear.BASELINE)
         roofline: Roofline | None = None
         told: dict[str, Any] = {"model": arguments.model, "threads": threads, "device": arguments.device}

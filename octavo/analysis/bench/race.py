@@ -12,8 +12,8 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ SHORT = 5e-3  # seconds: less than this is timed several times in a turn
 MOST = 200  # runs in a turn
 REST = 2e-3  # seconds between two contenders
 REASON = 240  # letters
+MODELS = 1024  # compiled side by side
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,19 @@ def _prepared(contender: Contender, timings: Sequence[Timing]) -> list[tuple[Tim
         timing.flops, timing.nbytes = task.flops, task.nbytes
         found.append((timing, task))
     return found
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """For races with compiled contenders: torch compiles eight models of a class and runs the others uncompiled.
+
+    Here it goes on, and one that it cannot compile is an error.
+    """
+    import torch._dynamo.config as settings
+
+    more = {"recompile_limit": MODELS, "accumulated_recompile_limit": MODELS, "fail_on_recompile_limit_hit": True}
+    with settings.patch(more):  # type: ignore[attr-defined]
+        yield
 
 
 def reason(error: BaseException) -> str:
