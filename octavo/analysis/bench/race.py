@@ -246,7 +246,7 @@ def compiling() -> Iterator[None]:
     import torch._dynamo.config as settings
 
     more = {"recompile_limit": MODELS, "accumulated_recompile_limit": MODELS, "fail_on_recompile_limit_hit": True}
-    with settings.patch(more):  # type: ignore[attr-defined]
+    with settings.patch(more):
         yield
 
 
