@@ -150,3 +150,15 @@ def test_it_serves_what_layers_use(monkeypatch):
         for granularity in (PerToken(), PerGroup(64)):
             ov.quantize(torch.randn(4, 9, 100), Cast(name, granularity))
         quantize_scaled(torch.randn(4, 9, 100), Cast(name), torch.ones(1))
+
+
+@given(st.floats(1e-30, 1e30, width=32), st.integers(0, 2**20))
+@settings(max_examples=40, deadline=None)
+def test_numbers_beside_ties(scale, seed):
+    """Where a quotient by way of the scale's reciprocal could round the other way."""
+    generator = torch.Generator().manual_seed(seed)
+    ties = (torch.randint(-300, 300, (64, 40), generator=generator) + 0.5) * torch.tensor(scale)
+    beside = (ties.view(torch.int32) + torch.randint(-4, 5, ties.shape, generator=generator)).view(torch.float32)
+    for how in (Cast(formats.INT8, PerTensor()), Cast(formats.UINT8, PerTensor(), affine=True)):
+        zeros = torch.tensor([[100]], dtype=torch.int32) if how.affine else None
+        check(beside, how, torch.tensor([[scale]]), zeros)
