@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from octavo.errors import OctavoError, OctavoWarning
     from octavo.io.checkpoint import load, save
     from octavo.io.integer import load_integer, save_integer
+    from octavo.io.stream import quantize_checkpoint
     from octavo.nn.attention import quantize_attention_ as quantize_attention_
     from octavo.nn.attention import restore_attention_ as restore_attention_
     from octavo.nn.kv_cache import KVCache as KVCache
@@ -61,6 +62,7 @@ _HOMES = {
     "octavo.errors": ("OctavoError", "OctavoWarning"),
     "octavo.io.checkpoint": ("load", "save"),
     "octavo.io.integer": ("load_integer", "save_integer"),
+    "octavo.io.stream": ("quantize_checkpoint",),
     **_WITH_TRANSFORMERS,
     "octavo.ptq.batch_norm": ("retune_batch_norms_",),
     "octavo.ptq.bias_correction": ("correct_biases_", "correct_biases_without_data_", "expected_inputs"),
@@ -124,6 +126,7 @@ __all__ = [
     "ptq",
     "quantize",
     "quantize_",
+    "quantize_checkpoint",
     "quantize_scaled",
     "read_rules",
     "recast_",

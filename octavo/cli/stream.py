@@ -39,11 +39,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
         raise OctavoError(f"--{word} has the model run, and --stream never builds it. Leave one out")
     if entry_point.is_entry_point(arguments.model):
         raise OctavoError(f"--stream reads the files of a checkpoint, and {arguments.model} is a Python function")
-    rules = schemes.rules(arguments)
-    if by_data := [rule for rule in rules if rule.smooth is not None or rule.rounding != "nearest"]:
-        raise OctavoError(f"the rule {by_data[0]} smooths or rounds by data, and --stream runs none. Leave that out")
     with screen.phase("plan", f"reading the headers of {arguments.model}"):
-        plan = stream.plan(arguments.model, rules, arguments.layout, measure.dtype(arguments.dtype))
+        plan = stream.plan(arguments.model, schemes.rules(arguments), arguments.layout, measure.dtype(arguments.dtype))
     if arguments.dry_run:
         report.plan(screen, arguments.model, Plan(plan.verdict, plan.layout, plan.why))
         return

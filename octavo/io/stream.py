@@ -42,8 +42,8 @@ from octavo.io.shards import Arrangement, Shape
 from octavo.nn import swap
 from octavo.nn.linear import QuantizedLinear
 from octavo.nn.swap import Layer
-from octavo.ptq.quantize import LayerReport
-from octavo.ptq.rules import Rules, assign
+from octavo.ptq.quantize import LayerReport, Summary, no_smaller
+from octavo.ptq.rules import Rules, as_rules, assign
 from octavo.ptq.stacks import stacks
 
 if TYPE_CHECKING:
@@ -100,17 +100,58 @@ class Result:
     files: list[str]
 
 
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    rules: Rules,
+    layout: str = "auto",
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    advance: Advance = lambda count: None,
+    shard: int = SHARD,
+) -> Summary:
+    """Quantize the checkpoint folder ``source`` (or a hub name) into the folder ``out`` without building the model.
+
+    For weight-only and dynamic schemes: what looks at data needs ``open_model``, ``quantize_`` and ``save``, whose
+    folder is the same bit for bit. Memory stays that of a few strips, however large the checkpoint; files of the result
+    have ``shard`` bytes. ``advance`` is told of bytes as they are read, in all those of the source. If a run is killed,
+    the same call goes on with it. Arguments and errors are those of ``plan`` and ``run``.
+
+    The summary names every layer but no SQNR: measuring it takes ten times as long as quantizing.
+    """
+    made = plan(source, rules, layout, dtype)
+    return summary(made, run(made, out, force, advance, shard))
+
+
+def summary(made: Plan, result: Result) -> Summary:
+    """What was done, as ``quantize_`` says it."""
+    layers = made.reports()
+    notes = no_smaller(layers)
+    if made.layout == "octavo":
+        notes.append(f"written in Octavo's own layout, which only octavo.load opens{': ' * bool(made.why)}{made.why}")
+    if result.resumed:
+        notes.append(f"gone on with after {result.resumed / 1e6:.1f} MB that an earlier run had read")
+    return Summary(layers, made.bytes_before, made.bytes_after, result.seconds, notes)
+
+
 def plan(source: str | os.PathLike[str], rules: Rules, layout: str = "auto", dtype: torch.dtype | None = None) -> Plan:
     """Decide everything from headers and config. ``rules`` as for ``quantize_``, ``dtype`` as for ``open_model``.
 
-    Raises ``OctavoError`` for what is no folder of safetensors, damaged files, rules that match nothing, schemes that
-    need calibration, a layout that cannot hold a layer, and tensors that transformers computes while it loads.
+    Raises ``OctavoError`` for what is no folder of safetensors, damaged files, rules that match nothing or want data,
+    schemes that need calibration, a layout that cannot hold a layer, and tensors that transformers computes while it
+    loads.
     """
     folder = huggingface.locate(source)
     if folder.is_file():
         raise OctavoError(
             f"{folder} is a GGUF file, and only safetensors can be streamed; quantize it without --stream"
         )
+    for rule in as_rules(rules):
+        if rule.smooth is not None or rule.rounding != "nearest":
+            raise OctavoError(
+                f"the rule {rule} smooths or rounds by data, for which the model has to run. Leave that out, or "
+                "quantize without --stream"
+            )
     traced = trace(folder, dtype)
     model = traced.model
     verdict = assign(model, swap.layers(model), rules)

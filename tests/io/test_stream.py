@@ -187,6 +187,44 @@ def test_figures_and_progress(tmp_path):
     assert [x.name for x in plan.reports() if x.scheme == "int8-dynamic"] == [*layers]
 
 
+def test_by_one_call(tmp_path):
+    source, seen = written(tmp_path, models.tied_llama()), []
+    whole(source, tmp_path / "whole", "int8-dynamic")
+    summary = ov.quantize_checkpoint(source, tmp_path / "out", "int8-dynamic", advance=seen.append)
+    same_folder(tmp_path / "out", tmp_path / "whole")
+    assert sum(seen) == summary.bytes_before
+    opened = huggingface.open_model(source)
+    whole_way = ov.quantize_(opened.model, "int8-dynamic")
+    assert [(x.name, x.scheme, x.reason) for x in summary.layers] == [
+        (x.name, x.scheme, x.reason) for x in whole_way.layers
+    ]
+    assert not any("layout" in note for note in summary.notes)
+    summary = ov.quantize_checkpoint(source, tmp_path / "own", "e5m2-dynamic")
+    assert any("own layout" in note for note in summary.notes)
+
+
+@pytest.mark.parametrize("size", [1, 777, 20_001, 10**9])
+def test_shards_of_any_size(tmp_path, size):
+    source = written(tmp_path, models.llama().half(), max_shard_size="13KB")
+    whole(source, tmp_path / "whole", "fp8-dynamic")
+    result = streamed(source, tmp_path / "out", "fp8-dynamic", shard=size)
+    same_folder(tmp_path / "out", tmp_path / "whole")
+    assert (len(result.files) == 1) == (size == 10**9)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/model.safetensors", "a/../../model.safetensors"])
+def test_an_index_that_leaves_its_folder(tmp_path, shard):
+    source = written(tmp_path, models.llama(), max_shard_size="60KB")
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = shard
+    path.write_text(json.dumps(index))
+    with pytest.raises(OctavoError, match="no safetensors file in this folder"):
+        ov.quantize_checkpoint(source, tmp_path / "out", "int8-dynamic")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_s_weights_are_never_held(tmp_path):
     source = written(tmp_path, models.llama())
     plan = stream.plan(source, "int8-dynamic")
@@ -366,6 +404,8 @@ def test_a_source_that_changes_meanwhile(tmp_path):
     [
         ("int8-static", "q_proj: int8-static needs calibration.*dynamic or a weight-only scheme"),
         ({"*.nothing": "int8-dynamic"}, "matches no layer"),
+        ([ov.Rule("int8-dynamic", smooth=0.5)], "smooths or rounds by data"),
+        ([ov.Rule("int8-weight-only", rounding="gptq")], "smooths or rounds by data"),
     ],
 )
 def test_rules_that_cannot_be(tmp_path, rules, match):
