@@ -255,7 +255,7 @@ class QuantizedConvTranspose(QuantizedConv):
         """The weight [in, out / groups, …] as the matrix [out, K] of the ordinary convolution."""
         assert isinstance(module, _ConvNd)
         kernels = _exchange(module.weight, module.groups)
-        return kernels.flip(*range(2, kernels.ndim)).movedim(1, -1).flatten(1)
+        return kernels.flip(list(range(2, kernels.ndim))).movedim(1, -1).flatten(1)
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """``x`` [N, in, …] or [in, …] to [N, out, …] or [out, …], in ``x``'s dtype; ``output_size`` as for torch."""
@@ -286,7 +286,7 @@ class QuantizedConvTranspose(QuantizedConv):
 
     def _in_shape(self, matrix: Tensor) -> Tensor:
         kernels = self._kernels(matrix)
-        return _exchange(kernels.flip(*range(2, kernels.ndim)), self.groups).contiguous()
+        return _exchange(kernels.flip(list(range(2, kernels.ndim))), self.groups).contiguous()
 
 
 def _each(value: Any, spatial: int) -> tuple[int, ...]:
@@ -349,7 +349,10 @@ def _windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: 
 
 
 def _pieces(windows: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Samples and lines whose patches are gathered together."""
+    """Samples and lines whose patches are gathered together; all of them in a graph, which may serve any batch."""
+    if torch.compiler.is_compiling():
+        yield slice(None), slice(None)
+        return
     samples, lines = windows.shape[:2]
     a_line = windows[:1, :1].numel()
     per_piece = max(1, PIECE // max(1, a_line * lines))
