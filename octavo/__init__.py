@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from octavo import analysis, calibration, cli, core, io, nn, ops, ptq
     from octavo.analysis.bias_window import BiasWindow, bias_window
+    from octavo.analysis.outliers import find_outliers
     from octavo.analysis.perplexity import perplexity
     from octavo.calibration.run import Calibration, CalibrationInterrupted
     from octavo.core import accumulate, formats, requantize, schemes
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from octavo.ptq.integer import integer_only
     from octavo.ptq.quantize import Summary, calibrate, quantize_
     from octavo.ptq.rules import Rule, read_rules, write_rules
+    from octavo.ptq.smooth import Smoothing, smooth_
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,7 @@ _WITH_TRANSFORMERS = {
 _HOMES = {
     "octavo": ("analysis", "calibration", "cli", "core", "io", "nn", "ops", "ptq"),
     "octavo.analysis.bias_window": ("BiasWindow", "bias_window"),
+    "octavo.analysis.outliers": ("find_outliers",),
     "octavo.analysis.perplexity": ("perplexity",),
     "octavo.calibration.run": ("Calibration", "CalibrationInterrupted"),
     "octavo.core": ("accumulate", "formats", "requantize", "schemes"),
@@ -71,6 +74,7 @@ _HOMES = {
     "octavo.ptq.integer": ("integer_only",),
     "octavo.ptq.quantize": ("Summary", "calibrate", "quantize_"),
     "octavo.ptq.rules": ("Rule", "read_rules", "write_rules"),
+    "octavo.ptq.smooth": ("Smoothing", "smooth_"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = {"octavo", "octavo.core"}
@@ -92,6 +96,7 @@ __all__ = [
     "QTensor",
     "Rule",
     "Scheme",
+    "Smoothing",
     "Static",
     "Summary",
     "accumulate",
@@ -111,6 +116,7 @@ __all__ = [
     "expected_inputs",
     "fake_quantize",
     "fake_quantize_",
+    "find_outliers",
     "fold_batch_norms_",
     "formats",
     "from_json",
@@ -135,6 +141,7 @@ __all__ = [
     "save",
     "save_integer",
     "schemes",
+    "smooth_",
     "sqnr",
     "to_json",
     "write_rules",
