@@ -27,7 +27,7 @@ def may_hold(x: Tensor, threshold: float) -> bool:
         return True
     if x.numel() == 0:
         return False
-    low, high = torch.aminmax(x)  # the fastest pass there is; both are NaN where anything is
+    low, high = torch.aminmax(x.detach())  # the fastest pass there is; both are NaN where anything is
     return not (float(high) <= threshold and float(low) >= -threshold)
 
 

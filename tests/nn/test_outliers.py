@@ -161,6 +161,13 @@ def test_one_graph_with_and_without_outliers():
         assert torch.equal(exported(x), ours(x))
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_input_with_a_gradient():
+    ours = QuantizedLinear.from_float(nn.Linear(100, 24), schemes.LLM_INT8)
+    x = planted(5, 100)
+    assert torch.equal(ours(x.clone().requires_grad_()), ours(x))
+
+
 def test_shapes_without_numbers():
     ours = QuantizedLinear.from_float(nn.Linear(100, 24), schemes.LLM_INT8).to("meta")
     assert ours(torch.empty(2, 5, 100, device="meta")).shape == (2, 5, 24)
