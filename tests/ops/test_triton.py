@@ -25,6 +25,7 @@ pytest.importorskip("triton", reason="the GPU's kernels are written in Triton, w
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in another process, with Triton's interpreter")
+STEP_BY_STEP = rows.check
 compiled = pytest.mark.skipif(INTERPRETED, reason="runs where Triton compiles")
 
 
@@ -63,7 +64,7 @@ def check(x, how, scale=None, zeros=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "quantize_rows", fused.quantize_rows)
         patch.setattr(rows, "BEST", 0)
-        rows.check(x, how, scale, zeros)
+        STEP_BY_STEP(x, how, scale, zeros)
 
 
 @interpreted
