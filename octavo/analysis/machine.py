@@ -79,7 +79,7 @@ def examine(rows: tuple[int, ...] = (1, 512), size: int = 1024, repeats: int = 7
         units.append(Unit("CUDA INT8 tensor cores", "INT8 matmuls", (major, minor) >= (7, 5)))
         units.append(Unit("CUDA FP8 tensor cores", "E4M3 and E5M2 matmuls", (major, minor) >= (8, 9)))
     measured = [rate for m in rows for rate in measure(m, size, repeats)]
-    return Machine(_processor(), torch.get_num_threads(), torch.__version__, device, native.status(), units, measured)
+    return Machine(_processor(), torch.get_num_threads(), torch.__version__, device, _kernels(), units, measured)
 
 
 def measure(rows: int, size: int, repeats: int, device: str = "cpu", wanted: tuple[str, ...] = COMMON) -> list[Rate]:
@@ -139,6 +139,10 @@ def cpu_flags() -> set[str]:
     except OSError:
         return set()
     return set(lines[0].partition(":")[2].split()) if lines else set()
+
+
+def _kernels() -> str:
+    return f"{native.status()}; {native.bind()}"
 
 
 def _processor() -> str:
