@@ -14,8 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from octavo.analysis.choice import Choice
 from octavo.analysis.comparison import AS_IT_IS, Comparison
 from octavo.analysis.magnitudes import LayerMagnitudes
+from octavo.analysis.outliers import Outliers
 from octavo.ptq.rules import rules_to_json
-from octavo.report import chosen, heat, number_lines, outcomes, words
+from octavo.report import chosen, heat, number_lines, outcomes, outlier_map, words
 from octavo.report.html import Markup, code, fold, name, text, whole
 from octavo.report.numbers import Units, count, megabytes, milliseconds, short, units
 
@@ -24,13 +25,15 @@ def page(
     comparison: Comparison,
     choice: Choice | None = None,
     magnitudes: Sequence[LayerMagnitudes] = (),
+    outliers: Outliers | None = None,
     *,
     command: str = "",
     facts: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The page as HTML. ``magnitudes``: of as many layers as there are; ``command``: what makes this page again.
+    """The page as HTML. ``magnitudes``: of as many layers as there are; ``outliers``: if somebody looked for them.
 
-    ``facts``: more to say about how it was made, in words by what they are called, as a perplexity on other text.
+    ``command`` is what makes this page again; ``facts``: more to say about how it was made, in words by what they are
+    called, as a perplexity on other text.
     """
     unit = units(comparison)
     order = outcomes.cheapest_first(comparison)
@@ -42,6 +45,7 @@ def page(
         "chosen": ("Choice", "What was chosen, and why", mix),
         "layers": ("Layers", "Which layer suffers from what", _layers(comparison, unit, order, picks)),
         "numbers": ("Numbers", "The numbers in each layer", number_lines.section(comparison, magnitudes)),
+        "outliers": ("Outliers", "Where the outliers are", outlier_map.section(outliers)),
         "made": ("Repeat it", "How this was made, and again", _made(comparison, choice, command, facts or {})),
         "words": ("Glossary", "What the words mean", words.glossary()),
     }

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_ROWS = 14
-MOST_LAYERS = 600
+MOST_LAYERS = 224
 MOST_LINES = 4
 WEIGHTS, INPUTS = "series-0", "series-1"
 

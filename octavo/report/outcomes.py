@@ -76,6 +76,7 @@ def section(comparison: Comparison, choice: Choice | None, unit: Units, order: S
     if choice is not None:
         size, time = bytes_after(comparison, choice), time_after(comparison, choice)
         budget = unit.increase(choice.budget)
+        budget = budget if budget is not None and math.isfinite(budget) else None
         points += _point(MIX, unit.increase(choice.increase), size, time, "chosen")
         chosen = range(len(rows), len(rows) + 1)
         rows.append([f"★ {MIX}", unit.said(choice.increase, choice.error), megabytes(size), times(time), ""])

@@ -6,6 +6,7 @@ its plots with it. Text stays text, in the page's font. Ids are made the plot's 
 
 import io
 import re
+import warnings
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ def style(size: float = 10) -> dict[str, Any]:
     return {
         "svg.fonttype": "none",
         "svg.hashsalt": "octavo",
+        "text.parse_math": False,  # a layer's name is no formula
         "font.size": size,
         "text.color": COLOUR["ink"],
         "axes.edgecolor": COLOUR["line"],
@@ -65,7 +67,10 @@ def matplotlib() -> Any:
 def inline(figure: "Figure", name: str, title: str, description: str, classes: str = "") -> str:
     """The figure as an ``<svg>`` element; ``name`` is its own on the page, ``description`` says what the plot shows."""
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's fonts will have it
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # points too close to be told apart
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)

@@ -170,7 +170,7 @@ def _spread(heights: list[float], gap: float) -> list[float]:
 def _threshold(costs: Sequence[float]) -> float:
     """Where the axis turns logarithmic if there is no budget: at the tenth part of the largest cost."""
     largest = max((abs(c) for c in costs), default=0.0)
-    return largest / 10 or 1.0
+    return max(largest / 10, 1e-5)
 
 
 def _ticks(threshold: float, high: float) -> list[float]:
