@@ -33,7 +33,7 @@ from octavo.errors import OctavoError
 from octavo.nn import swap
 from octavo.nn.swap import Layer
 from octavo.ptq.quantize import model_bytes, quantize_
-from octavo.ptq.rules import Rule, Rules, output_heads
+from octavo.ptq.rules import Rule, output_heads
 
 SCHEMES: tuple[str, ...] = ("int8-dynamic", "fp8-dynamic", "int8-group64", "e3m4-int8-group64", "int8-weight-only")
 AS_IT_IS = Candidate(None)
@@ -44,6 +44,7 @@ def compare(
     data: Iterable[Any],
     schemes: Sequence[Scheme | str | Candidate] = SCHEMES,
     *,
+    calibration: Iterable[Any] | None = None,
     cells_on: int | None = None,
     loss: Loss | None = None,
     call: Call | None = None,
@@ -55,35 +56,38 @@ def compare(
     """Every layer that a scheme for all would quantize, under every scheme; the model is as before afterwards.
 
     ``data``: batches as for calibration; token batches of a causal language model are judged by the next token, all
-    others by the outputs, or by ``loss(output, batch)``. ``cells_on``: how many batches the cells are measured on
-    (None: all); ``whole`` measures the whole model under each scheme on all. ``call`` as for calibration; ``name``,
-    ``source``: the model and the data in words. ``track`` wraps loops to show progress.
+    others by the outputs, or by ``loss(output, batch)``. ``calibration``: other batches for whole models whose scheme
+    looks at data. ``cells_on``: how many batches the cells are measured on (None: all); ``whole`` measures the whole
+    model under each scheme on all. ``call`` as for calibration; ``name``, ``source``: the model and the data in words.
+    ``track`` wraps loops to show progress.
 
     Raises ``OctavoError`` without data, if no layer can be quantized, or if the model's own results are not finite.
     """
+    table = Table(model, data, schemes, calibration=calibration, cells_on=cells_on, loss=loss, call=call)
+    return compared(table, whole, name, source, track)
+
+
+def compared(
+    table: "Table", whole: bool = False, name: str = "", source: str = "", track: Track | None = None
+) -> Comparison:
+    """All cells of a table, and the whole model under every candidate if that is wanted."""
     started = time.perf_counter()
-    table = Table(model, data, schemes, cells_on=cells_on, loss=loss, call=call)
-    recorded = time.perf_counter()
     layers, cells = table.cells(track)
     measured = time.perf_counter()
-    outcomes = [table.outcome(candidate) for candidate in _tracked(table.candidates, track if whole else None, whole)]
+    outcomes = [table.outcome(candidate) for candidate in _tracked(table.candidates, track, whole)]
     return Comparison(
-        model=name or type(model).__name__,
+        model=name or type(table.model).__name__,
         data=source or f"{len(table.batches)} batches",
         machine=_machine(),
         loss=table.loss,
         perplexity=table.perplexity(table.loss),
         divergence=table.judge.divergence,
-        bytes=model_bytes(model),
+        bytes=model_bytes(table.model),
         layers=tuple(layers),
         candidates=table.candidates,
         cells=tuple(cells),
         outcomes=tuple(outcomes),
-        seconds={
-            "recording": recorded - started,
-            "cells": measured - recorded,
-            "whole models": time.perf_counter() - measured,
-        },
+        seconds={"cells": measured - started, "whole models": time.perf_counter() - measured},
         notes=tuple(table.notes),
     )
 
@@ -97,6 +101,7 @@ class Table:
         data: Iterable[Any],
         candidates: Sequence[Scheme | str | Candidate],
         *,
+        calibration: Iterable[Any] | None = None,
         cells_on: int | None = None,
         loss: Loss | None = None,
         call: Call | None = None,
@@ -105,6 +110,7 @@ class Table:
         self.batches = list(several(data))
         if not self.batches:
             raise OctavoError("there is no data to compare on; pass some batches, as for calibration")
+        self.calibration = self.batches if calibration is None else list(several(calibration))
         self.candidates = as_candidates(candidates)
         self.layers = quantizable(model)
         self.notes: list[str] = []
@@ -227,7 +233,7 @@ class Table:
             return Outcome(candidate.name, self.loss, self.perplexity(self.loss), 0.0, 0.0, size, seconds)
         rule = Rule(candidate.scheme, smooth=candidate.smooth, rounding=candidate.rounding)
         try:
-            mix = self.mix([rule], variants.looks_at_data(candidate))
+            mix = self.mix([rule])
         except OctavoError as error:
             return Outcome(candidate.name, excluded=str(error))
         shift, seconds = self._measure(mix)
@@ -240,11 +246,12 @@ class Table:
         loss = None if self.loss is None or shift.increase is None else self.loss + shift.increase
         return Outcome(candidate.name, loss, self.perplexity(loss), shift.distance, shift.error, size, seconds, left)
 
-    def mix(self, rules: Rules, data: bool) -> nn.Module:
-        """A copy of the model, quantized by rules; ``data``: whether they look at the batches."""
+    def mix(self, rules: Sequence[Rule]) -> nn.Module:
+        """A copy of the model, quantized by rules."""
         twin = copy.deepcopy(self.model)
+        looking = any(map(variants.looks_at_data, rules))
         with running(twin):
-            quantize_(twin, rules, self.batches if data else None, allow_uncalibrated=True)
+            quantize_(twin, rules, self.calibration if looking else None, allow_uncalibrated=True)
         return twin
 
     def shift(self, mix: nn.Module) -> Shift:

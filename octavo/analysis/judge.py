@@ -111,7 +111,8 @@ class NextToken:
             moved = logits.float() - log  # up to a constant a row, which falls out
             probability = log.exp()
             whole = probability.sum(-1, keepdim=True)  # 1 but for rounding
-            moved = moved - (probability * moved).sum(-1, keepdim=True) / whole
+            for _ in range(2):  # the second time takes what rounding left of large constants
+                moved = moved - (probability * moved).sum(-1, keepdim=True) / whole
             divergence = torch.log1p((probability * torch.expm1(moved)).sum(-1) / whole[:, 0])
             if not bool(divergence.isfinite().all()):  # exp overflowed
                 divergence = torch.logsumexp(log + moved, -1)

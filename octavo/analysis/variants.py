@@ -6,7 +6,6 @@ smoothed it stands behind a scale a channel, which takes the place of the norm, 
 """
 
 import copy
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from octavo.analysis.comparison import Candidate
+from octavo.core import schemes
 from octavo.nn.layer import QuantizedLayer
 from octavo.nn.swap import Layer
 from octavo.ptq.quantize import quantize_
 from octavo.ptq.rules import Rule
 
-REPEATS = 5
+REPEATS = 7
 ENOUGH = 0.3  # seconds that one layer's timing may take, at least one run of each
 
 
@@ -80,14 +80,14 @@ class Variant(nn.Module):
         return self.layer(self.source(*args), **kwargs)
 
 
-def looks_at_data(candidate: Candidate) -> bool:
-    """Whether a candidate cannot be tried without the layer's inputs."""
-    static = candidate.scheme is not None and candidate.scheme.static
-    return static or candidate.smooth is not None or candidate.rounding != "nearest"
+def looks_at_data(how: Candidate | Rule) -> bool:
+    """Whether this cannot be done without the layer's inputs."""
+    static = how.scheme is not None and schemes.get(how.scheme).static
+    return static or how.smooth is not None or how.rounding != "nearest"
 
 
 def seconds(ways: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
-    """How long each takes with this input: medians of interleaved runs, the first of which do not count."""
+    """How long each takes with this input: the fastest of interleaved runs; whatever disturbs one only adds."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     started = time.perf_counter()
     for turn in range(-1, REPEATS):
@@ -100,7 +100,7 @@ def seconds(ways: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
                 times[name].append(time.perf_counter() - began)
         if turn >= 0 and time.perf_counter() - started > ENOUGH * len(ways):
             break
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: min(found) for name, found in times.items()}
 
 
 def sort_of(layer: Layer, shape: tuple[int, ...]) -> str:

@@ -31,6 +31,16 @@ def stacks(chosen: Iterable[tuple[Layer, Scheme]]) -> list[list[Layer]]:
     return [layers for layers in found.values() if len(layers) > 1]
 
 
+def siblings(names: Iterable[str]) -> list[list[str]]:
+    """The names of layers that are stacked, those of one stack together; at least two."""
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        if own in _STACK_OF:
+            found.setdefault((parent, _STACK_OF[own]), []).append(name)
+    return [together for together in found.values() if len(together) > 1]
+
+
 def watch(stack: list[Layer], observer: Observer) -> Observer:
     """A fresh observer of that kind that has seen all weights of the stack."""
     watcher = observer.fresh(PerTensor())

@@ -1,0 +1,397 @@
+"""The fastest or smallest mix of schemes, a layer at a time, that keeps a budget of loss.
+
+``compare`` says what every layer costs under every scheme when it alone is quantized. These costs nearly add up, so the
+best mix by their sum is a knapsack (``knapsack``), as in HAWQ-V3 (2011.10680). Nearly: errors of different layers meet.
+So every mix that the sum proposes is built with ``quantize_`` and measured on the search's data. Where the truth is
+above the budget the sum gets less to spend, where it is below more, until the two meet. What is given back was
+measured, never only foretold. At last the mix is tried with weights rounded by data, where that helps.
+
+The budget is kept by the measured increase plus its standard error: a mix that only seems to keep it, by luck of the
+sample, is not taken.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from torch import nn
+
+from octavo.analysis import engines, knapsack
+from octavo.analysis.choice import Choice, Decision, Objective, Step
+from octavo.analysis.compare import Table, compared
+from octavo.analysis.comparison import AS_IT_IS, Candidate, Cell, Comparison
+from octavo.analysis.judge import Loss, Shift
+from octavo.analysis.knapsack import Option
+from octavo.analysis.rule_writing import rules_for
+from octavo.calibration.batches import Call, Track
+from octavo.core.schemes import Scheme
+from octavo.errors import OctavoError
+from octavo.nn.swap import Layer
+from octavo.ptq import stacks
+from octavo.ptq.rules import Rule
+
+STEPS = 8  # mixes that are measured
+NEAR = 0.85  # a mix that uses this much of the budget is near enough to the best
+SMALLER = 1e-3  # how much the other objective counts, where the first says nothing
+FLOAT = Candidate(None)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A candidate for every group, its sum of costs, and what was measured of it."""
+
+    taken: tuple[int, ...]
+    predicted: float
+    shift: Shift
+    rules: tuple[Rule, ...]
+
+    @property
+    def increase(self) -> float:
+        """By how much the loss grew, or the results moved where there is no loss."""
+        known = self.shift.distance if self.shift.increase is None else self.shift.increase
+        return math.inf if known is None or not self.shift.finite else known
+
+    @property
+    def bound(self) -> float:
+        """The increase, and as much again as it may be wrong by."""
+        return self.increase + self.shift.error
+
+
+def choose(
+    model: nn.Module,
+    data: Iterable[Any],
+    max_loss_increase: float = 0.005,
+    objective: Objective = "time",
+    engine: str = "here",
+    *,
+    candidates: Sequence[Scheme | str | Candidate | None] | None = None,
+    calibration: Iterable[Any] | None = None,
+    comparison: Comparison | None = None,
+    cells_on: int | None = 1,
+    rounding: bool = True,
+    hardware: str | None = None,
+    loss: Loss | None = None,
+    call: Call | None = None,
+    track: Track | None = None,
+) -> Choice:
+    """Rules for ``quantize_`` that keep the increase of the loss within ``max_loss_increase``.
+
+    The loss is in nats a token for causal language models, so 0.005 are half a percent of perplexity; for others what
+    ``loss(output, batch)`` gives, or the share of noise in the outputs. ``data``: batches to search on;
+    ``calibration``: others for what looks at data (None: the same). ``objective``: the least ``time`` or the fewest
+    ``bytes``. ``engine``: here, vllm, transformers, onnx or llama.cpp, on ``hardware`` (a GPU's name); it restricts the
+    candidates. ``candidates``: others than the engine's; None among them leaves a layer as it is, and if there are some
+    without None, every layer gets one of them. ``comparison``: what ``compare`` found for them before; else cells are
+    measured on ``cells_on`` batches. ``rounding``: try at the end weights rounded by ``calibration``'s data, if there
+    is some: what is fitted to data must not be judged by it.
+
+    A budget that no mix keeps gives a ``Choice`` with ``met=False``, the best that was found. Raises ``OctavoError``
+    for what ``compare`` refuses, and for an engine or candidates that leave nothing to choose.
+    """
+    if not max_loss_increase >= 0:
+        raise OctavoError(f"max_loss_increase is 0 or more, such as 0.005, not {max_loss_increase}")
+    runs = engines.get(engine).on(hardware)
+    wanted = [*runs.candidates, None] if candidates is None else candidates
+    floats = any(c is None or c == FLOAT for c in wanted)
+    schemes = [c for c in wanted if c is not None]
+    table = Table(model, data, schemes, calibration=calibration, cells_on=cells_on, loss=loss, call=call)
+    if comparison is None:
+        comparison = compared(table, track=track)
+    search = _Search(table, comparison, runs, objective, max_loss_increase, floats)
+    return search.choice(rounding, track)
+
+
+class _Search:
+    """Groups of layers, what may become of each, and the mixes that were measured."""
+
+    def __init__(
+        self,
+        table: Table,
+        comparison: Comparison,
+        engine: engines.Engine,
+        objective: Objective,
+        budget: float,
+        floats: bool,
+    ) -> None:
+        self.table, self.comparison, self.engine = table, comparison, engine
+        self.objective, self.budget, self.floats = objective, budget, floats
+        self.candidates = table.candidates
+        self.named = {candidate.name: candidate for candidate in self.candidates}
+        self.cells = {(cell.layer, cell.candidate): cell for cell in comparison.cells}
+        self.runs = {layer.name: max(1, layer.calls) for layer in comparison.layers}
+        self.layers = table.layers
+        for layer, name in product((layer.name for layer in table.layers), self.named):
+            if (layer, name) not in self.cells:
+                raise OctavoError(f"the comparison is another one: it does not know {layer} under {name}")
+        self.groups = self._groups()
+        self.options = [self._options(group) for group in self.groups]
+        self.notes = list(table.notes)
+        self.steps: list[Step] = []
+        if not any(candidate.scheme for options in self.options for candidate, _ in options):
+            raise OctavoError(f"{engine.name} runs none of the candidates in any layer: {self._why_not()}")
+
+    def choice(self, rounding: bool, track: Track | None) -> Choice:
+        """Search, and say what was found."""
+        best, met = self._search(track)
+        if rounding and self.table.calibration is not self.table.batches and any(rule.scheme for rule in best.rules):
+            best, met = self._rounded(best, met)
+        return self._told(best, met)
+
+    def _groups(self) -> list[list[Layer]]:
+        """Layers that must get the same: those that the engine stacks, and those that are smoothed together."""
+        together: list[set[str]] = []
+        if self.engine.stacked:
+            together += [set(names) for names in stacks.siblings(layer.name for layer in self.layers)]
+        if any(candidate.smooth is not None for candidate in self.candidates):
+            from octavo.ptq import pairs
+
+            found = pairs.find(self.table.model, self.table.batches[0], self.table.call)[0]
+            together += [set(pair.readers) for pair in found]
+        group_of: dict[str, list[Layer]] = {layer.name: [layer] for layer in self.layers}
+        for names in together:
+            merged = list(dict.fromkeys(x for name in names if name in group_of for x in group_of[name]))
+            merged.sort(key=self.layers.index)
+            for layer in merged:
+                group_of[layer.name] = merged
+        return list({id(group): group for group in group_of.values()}.values())
+
+    def _options(self, group: list[Layer]) -> list[tuple[Candidate, Option]]:
+        """What may become of a group, the cheapest first."""
+        found = []
+        for candidate in self.candidates:
+            cells = [self._cell(layer, candidate) for layer in group]
+            if any(cell.excluded for cell in cells) or (candidate == FLOAT and not self.floats):
+                continue
+            found.append((candidate, Option(sum(max(0.0, cell.cost) for cell in cells), self._weight(group, cells))))
+        if not found:  # nothing of what is wanted fits this group: it stays as it is
+            cells = [self._cell(layer, FLOAT) for layer in group]
+            found.append((FLOAT, Option(0.0, self._weight(group, cells))))
+        return sorted(found, key=lambda option: option[1].cost)
+
+    def _cell(self, layer: Layer, candidate: Candidate) -> Cell:
+        cell = self.cells[layer.name, candidate.name]
+        if cell.excluded is None and candidate.scheme is not None:
+            why = self.engine.obstacle(layer, candidate.scheme)
+            return cell if why is None else replace(cell, excluded=why)
+        return cell
+
+    def _weight(self, group: Sequence[Layer], cells: Sequence[Cell]) -> float:
+        """What a group takes of the objective, in shares of all layers as they are; a little of the other's."""
+        time = self._seconds(group, cells) / self._total(self._seconds)
+        size = self._bytes(group, cells) / self._total(self._bytes)
+        return time + SMALLER * size if self.objective == "time" else size + SMALLER * time
+
+    def _total(self, of: Any) -> float:
+        return float(of(self.layers, [self.cells[layer.name, AS_IT_IS] for layer in self.layers])) or 1.0
+
+    def _seconds(self, group: Sequence[Layer], cells: Sequence[Cell]) -> float:
+        """Seconds measured here, or, for another engine, multiplications times what its formats take."""
+        total = 0.0
+        for layer, cell in zip(group, cells, strict=True):
+            rate = self.engine.rate(self.named[cell.candidate].scheme)
+            once = (cell.seconds or 0.0) if rate is None else rate * layer.weight.numel()
+            total += once * self.runs[layer.name]
+        return total
+
+    def _bytes(self, group: Sequence[Layer], cells: Sequence[Cell]) -> float:
+        return float(sum(cell.bytes or 0 for cell in cells))
+
+    def _search(self, track: Track | None) -> tuple[Mix, bool]:
+        """The lightest measured mix within the budget; else the one that comes nearest."""
+        bare = [[option for _, option in options] for options in self.options]
+        spend, low, high = self.budget, 0.0, math.inf
+        found: dict[tuple[int, ...], Mix] = {}
+        best: Mix | None = None
+        turns = list(range(STEPS))
+        for _ in track(turns, "searching") if track else turns:
+            taken = knapsack.solve(bare, spend)
+            if taken is None:  # nothing is that cheap: the cheapest of all
+                taken = [0] * len(bare)
+                low, spend = spend, sum(options[0].cost for options in bare)
+            mix = found.get(tuple(taken)) or self._measured(tuple(taken), f"costs of {spend:.3g} to spend")
+            known = tuple(taken) in found
+            found[mix.taken] = mix
+            if mix.bound <= self.budget:
+                low = max(low, spend)
+                best = mix if best is None or self._of(mix) < self._of(best) else best
+            else:
+                high = min(high, spend)
+            if self._done(mix, known, low, high):
+                break
+            spend = self._next(mix, spend, low, high)
+        if best is not None and (any(rule.scheme for rule in best.rules) or self._of(best) <= self._least):
+            return best, True
+        return self._nearest(found.values()), False
+
+    @property
+    def _least(self) -> float:
+        """The weight of the lightest mix that there is, at any cost."""
+        return sum(min(option.weight for _, option in options) for options in self.options)
+
+    def _done(self, mix: Mix, known: bool, low: float, high: float) -> bool:
+        within = mix.bound <= self.budget
+        cheapest = not within and not any(mix.taken)
+        lightest = within and self._of(mix) <= self._least
+        near = within and mix.bound >= NEAR * self.budget
+        return cheapest or lightest or near or high <= low * 1.05 or (known and high < math.inf)
+
+    def _next(self, mix: Mix, spend: float, low: float, high: float) -> float:
+        """What the sum may spend next: as much as the last mix's truth allows, but between what is known."""
+        ratio = self.budget / mix.bound if mix.bound > 0 else 4.0
+        wanted = spend * min(4.0, max(0.1, ratio * 0.95))
+        if high < math.inf and low > 0:
+            return min(max(wanted, low + 0.2 * (high - low)), high - 0.2 * (high - low))
+        return min(wanted, 0.9 * high)
+
+    def _nearest(self, found: Iterable[Mix]) -> Mix:
+        """Of mixes with something quantized the one that costs least, and what costs least by the sum."""
+        cheapest = tuple(
+            next((at for at, (candidate, _) in enumerate(options) if candidate.scheme), 0) for options in self.options
+        )
+        known = [mix for mix in found if any(rule.scheme for rule in mix.rules)]
+        if not any(mix.taken == cheapest for mix in known):
+            known.append(self._measured(cheapest, "all layers, the cheapest scheme for each"))
+        return min(known, key=lambda mix: mix.bound)
+
+    def _rounded(self, best: Mix, met: bool) -> tuple[Mix, bool]:
+        """The mix with weights rounded by data, if its results are nearer then."""
+        rules = tuple(rule if rule.scheme is None else replace(rule, rounding="gptq") for rule in best.rules)
+        mix = self._measured(best.taken, "the same, weights rounded by data (gptq)", rules)
+        nearer = (
+            mix.bound < best.bound if mix.shift.distance is None else mix.shift.distance < (best.shift.distance or 0)
+        )
+        within = mix.bound <= self.budget
+        return (mix, within) if nearer and (within or not met) else (best, met)
+
+    def _measured(self, taken: tuple[int, ...], what: str, rules: tuple[Rule, ...] | None = None) -> Mix:
+        decided = self._decided(taken)
+        rules = rules or tuple(rules_for(self.table.model, self.layers, decided))
+        predicted = sum(options[at][1].cost for at, options in zip(taken, self.options, strict=True))
+        nothing = all(rule.scheme is None for rule in rules)
+        shift = Shift(1, 0.0, 0.0, 0.0) if nothing else self.table.shift(self.table.mix(rules))
+        mix = Mix(taken, predicted, shift, rules)
+        self.steps.append(
+            Step(
+                what=what,
+                predicted=predicted,
+                loss=mix.increase,
+                divergence=shift.distance,
+                error=shift.error,
+                bytes=int(self._of_mix(mix, self._bytes)),
+                seconds=self._of_mix(mix, self._seconds) if self.engine.row is None else None,
+                within=mix.bound <= self.budget,
+            )
+        )
+        return mix
+
+    def _decided(self, taken: Sequence[int]) -> dict[str, Candidate]:
+        return {
+            layer.name: options[at][0]
+            for group, options, at in zip(self.groups, self.options, taken, strict=True)
+            for layer in group
+        }
+
+    def _of(self, mix: Mix) -> float:
+        return sum(options[at][1].weight for at, options in zip(mix.taken, self.options, strict=True))
+
+    def _of_mix(self, mix: Mix, of: Any) -> float:
+        decided = self._decided(mix.taken)
+        return float(of(self.layers, [self.cells[x.name, decided[x.name].name] for x in self.layers]))
+
+    def _told(self, best: Mix, met: bool) -> Choice:
+        decided = self._decided(best.taken)
+        here = self.engine.row is None
+        before = [self.cells[layer.name, AS_IT_IS] for layer in self.layers]
+        decisions = tuple(self._decision(layer, decided[layer.name]) for layer in self.layers)
+        costliest = sorted((d for d in decisions if d.candidate != AS_IT_IS), key=lambda d: -d.cost)
+        choice = Choice(
+            rules=best.rules,
+            verdict="",
+            engine=self.engine.name,
+            objective=self.objective,
+            budget=self.budget,
+            met=met,
+            loss=self.comparison.loss if self.comparison.loss is not None else 0.0,
+            increase=best.increase,
+            error=best.shift.error,
+            predicted=best.predicted,
+            divergence=best.shift.distance,
+            bytes_before=int(self._bytes(self.layers, before)),
+            bytes_after=int(self._of_mix(best, self._bytes)),
+            seconds_before=self._seconds(self.layers, before) if here else None,
+            seconds_after=self._of_mix(best, self._seconds) if here else None,
+            steps=tuple(self.steps),
+            decisions=decisions,
+            costliest=tuple(decision.layer for decision in costliest[:5]),
+            notes=tuple(self.notes),
+        )
+        return replace(choice, verdict=verdict(choice, self.comparison.perplexity is not None))
+
+    def _decision(self, layer: Layer, candidate: Candidate) -> Decision:
+        cell = self.cells[layer.name, candidate.name]
+        return Decision(
+            layer=layer.name,
+            candidate=candidate.name,
+            reason=self._reason(layer, candidate),
+            cost=cell.cost,
+            bytes=cell.bytes or 0,
+            seconds=cell.seconds,
+        )
+
+    def _reason(self, layer: Layer, candidate: Candidate) -> str:
+        """Why a layer became what it is: what lighter candidates would have cost."""
+        word = "fastest" if self.objective == "time" else "smallest"
+        others = [self._cell(layer, c) for c in self.candidates if c != FLOAT or self.floats]
+        possible = [cell for cell in others if cell.excluded is None]
+        if not any(cell.candidate != AS_IT_IS for cell in possible):
+            return f"it stays: {next((cell.excluded for cell in others if cell.excluded), 'nothing suits it')}"
+        lightest = min(possible, key=lambda cell: self._weight([layer], [cell]))
+        own = self.cells[layer.name, candidate.name].cost
+        if lightest.candidate == candidate.name:
+            return f"the {word}, at a cost of {own:.2g}"
+        if candidate != FLOAT and lightest.candidate == AS_IT_IS:
+            return f"the cheapest in 8 bits, though the {word} is as it is"
+        if self._cell(layer, candidate).excluded is None and lightest.cost <= own:
+            return f"as those that it runs with; alone it could be {lightest.candidate}"
+        return f"the {word}, {lightest.candidate}, would cost {lightest.cost:.2g} of {self.budget:.2g}, this {own:.2g}"
+
+    def _why_not(self) -> str:
+        reasons = [
+            why for layer in self.layers for c in self.candidates if (why := self._cell(layer, c).excluded) is not None
+        ]
+        return reasons[0] if reasons else "there is no candidate"
+
+
+def verdict(choice: Choice, perplexity: bool) -> str:
+    """The choice in a sentence or two."""
+    kinds = Counter(decision.candidate for decision in choice.decisions)
+    eight = sum(count for name, count in kinds.items() if name != AS_IT_IS)
+    parts = ", ".join(f"{count} {name}" for name, count in kinds.most_common())
+    times = f"{choice.bytes_before / max(1, choice.bytes_after):.1f} times smaller"
+    if choice.seconds_before and choice.seconds_after:
+        speed = choice.seconds_before / choice.seconds_after
+        times += f" and {speed:.1f} times as fast" if speed >= 1 else f", but slower here ({speed:.2f} times as fast)"
+    cost = amount(choice.increase, perplexity)
+    if not eight:
+        word = "faster" if choice.objective == "time" else "smaller"
+        return f"The model stays as it is: for {choice.engine} no scheme makes any of its layers {word}."
+    kept = "within" if choice.met else "above"
+    words = f"{eight} of {len(choice.decisions)} layers in 8 bits ({parts}): these layers are {times}, and {cost}, "
+    words += f"{kept} the budget of {_short(choice.budget, perplexity)}."
+    if choice.met:
+        return words
+    return f"No mix keeps the budget; the best found has {words} The costliest: {', '.join(choice.costliest)}."
+
+
+def amount(increase: float, perplexity: bool) -> str:
+    """An increase of the loss in words."""
+    if perplexity:
+        return f"perplexity changes by {100 * math.expm1(min(increase, 50.0)):+.2f} %"
+    return f"the loss changes by {increase:+.3g}"
+
+
+def _short(budget: float, perplexity: bool) -> str:
+    return f"{100 * math.expm1(budget):.2g} %" if perplexity else f"{budget:.3g}"

@@ -1,0 +1,137 @@
+"""A mix keeps its budget, is as light as it can be, and comes back from its rules."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import octavo as ov
+from octavo.analysis.choice import Choice
+from octavo.analysis.choose import choose
+from octavo.analysis.compare import compare
+from octavo.analysis.comparison import Candidate
+from octavo.core import schemes
+from octavo.errors import OctavoError
+from octavo.ptq.rules import rules_from_json, rules_to_json
+from tests.analysis.planted import Chain, batches
+from tests.nn import models
+
+INT8 = ["int8-dynamic", None]
+
+
+def noise(model, rules, data):
+    twin = copy.deepcopy(model)
+    ov.quantize_(twin, rules, data)
+    with torch.no_grad():
+        return sum(float((twin(x) - model(x)).square().sum() / model(x).square().sum()) for x in data) / len(data)
+
+
+@pytest.mark.parametrize("sensitive", [0, 2, 4])
+def test_the_sensitive_layer_stays_as_it_is(sensitive):
+    model = Chain(large=[sensitive])
+    choice = choose(model, batches(), 1e-3, "bytes", candidates=INT8)
+    assert choice.met
+    left = [decision.layer for decision in choice.decisions if decision.candidate == "as it is"]
+    assert left == [f"layers.{sensitive}"]
+    assert noise(model, choice.rules, batches()) == pytest.approx(choice.increase, rel=1e-6)
+    assert choice.increase <= 1e-3
+    assert "would cost" in choice.decisions[sensitive].reason
+
+
+def test_or_gets_what_takes_outliers_out():
+    choice = choose(Chain(large=[1]), batches(), 1e-3, "bytes", candidates=["int8-dynamic", "llm-int8", None])
+    assert choice.met and choice.decisions[1].candidate == "llm-int8"
+    assert all(decision.candidate != "as it is" for decision in choice.decisions)
+
+
+def test_rules_are_json_that_quantizes_the_same():
+    model = Chain(large=[2])
+    choice = choose(model, batches(), 1e-3, "bytes", candidates=INT8)
+    document = json.loads(json.dumps(choice.to_json()))
+    assert Choice.from_json(document) == choice
+    again = rules_from_json(json.loads(json.dumps(rules_to_json(choice.rules))))
+    assert tuple(again) == choice.rules
+    summary = ov.quantize_(model, again)
+    assert {x.name: x.scheme for x in summary.layers} == {
+        d.layer: None if d.candidate == "as it is" else d.candidate for d in choice.decisions
+    }
+    assert sum(x.bytes_after for x in summary.layers) == choice.bytes_after
+
+
+def test_a_wider_budget_is_never_heavier():
+    model = Chain(large=[1, 3])
+    found = compare(model, batches(), ["int8-dynamic", "fp8-dynamic", "int8-group64"], whole=False)
+    sizes = []
+    for budget in (1e-4, 1e-3, 1e-1, 10.0):
+        wanted = ["int8-dynamic", "fp8-dynamic", "int8-group64", None]
+        choice = choose(model, batches(), budget, "bytes", candidates=wanted, comparison=found)
+        assert not choice.met or choice.increase <= budget
+        sizes.append(choice.bytes_after if choice.met else choice.bytes_before)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0]
+
+
+def test_a_budget_that_cannot_be_met_says_the_best_and_what_costs_most():
+    choice = choose(Chain(large=[2]), batches(), 1e-6, "bytes", candidates=["int8-dynamic", "fp8-dynamic"])
+    assert not choice.met
+    assert choice.increase > choice.budget
+    assert "No mix keeps the budget" in choice.verdict and choice.costliest[0] == "layers.2"
+    assert {d.candidate for d in choice.decisions} <= {"int8-dynamic", "fp8-dynamic"}
+    assert len(choice.steps) >= 1 and not any(step.within for step in choice.steps)
+
+
+def test_a_model_that_nothing_makes_lighter_stays_as_it_is():
+    choice = choose(Chain(), batches(), 1.0, "bytes", candidates=[schemes.dynamic("int8", weight_group=1), None])
+    assert choice.met and all(d.candidate == "as it is" for d in choice.decisions)
+    assert "stays as it is" in choice.verdict
+
+
+def test_weights_rounded_by_data_are_judged_by_other_data():
+    torch.manual_seed(3)
+    data, calibration = batches(), [torch.randn(256, 64)]
+    assert all("gptq" not in s.what for s in choose(Chain(), data, 1e-2, "bytes", candidates=INT8).steps)
+    choice = choose(Chain(), data, 1e-2, "bytes", candidates=["fp8-dynamic", None], calibration=calibration)
+    assert "gptq" in choice.steps[-1].what
+    if choice.steps[-1].loss < choice.steps[-2].loss:
+        assert all(rule.rounding == "gptq" for rule in choice.rules)
+
+
+def test_language_models_by_the_next_token():
+    torch.manual_seed(0)
+    model = models.llama()
+    data = [{"input_ids": torch.randint(3, models.VOCABULARY, (2, 12))} for _ in range(3)]
+    choice = choose(model, data, 0.01, "bytes", candidates=INT8, cells_on=2)
+    assert choice.met and "perplexity changes by" in choice.verdict
+    assert choice.error > 0 and choice.divergence is not None
+
+
+def test_vllm_runs_stacked_layers_under_one_scheme():
+    torch.manual_seed(0)
+    model = models.llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+        model.model.layers[0].self_attn.k_proj.weight[0] *= 50
+    data = [{"input_ids": torch.randint(3, models.VOCABULARY, (2, 12))} for _ in range(2)]
+    choice = choose(model, data, 0.02, "bytes", "vllm", rounding=False)
+    became = {d.layer: d.candidate for d in choice.decisions}
+    for number in range(2):
+        attention = f"model.layers.{number}.self_attn."
+        assert len({became[attention + name] for name in ("q_proj", "k_proj", "v_proj")}) == 1
+    assert choice.seconds_after is None and choice.engine == "vllm"
+
+
+def test_wrong_questions_say_what_is_wrong():
+    with pytest.raises(OctavoError, match="0 or more"):
+        choose(Chain(), batches(), -1)
+    with pytest.raises(OctavoError, match="no engine is called 'tpu'"):
+        choose(Chain(), batches(), engine="tpu")
+    with pytest.raises(OctavoError, match="runs none of the candidates"):
+        choose(Chain(), batches(), engine="llama.cpp", candidates=["int8-dynamic"])
+    with pytest.raises(OctavoError, match="no data"):
+        choose(Chain(), [])
+    found = compare(Chain(), batches(), ["int8-dynamic"], whole=False)
+    with pytest.raises(OctavoError, match="another one"):
+        choose(Chain(), batches(), candidates=["fp8-dynamic"], comparison=found)
+    assert Candidate(None).name == "as it is"
