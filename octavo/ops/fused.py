@@ -7,7 +7,7 @@ IEEE 754 has it (``div_rn``), a product and a sum are never fused (``enable_fp_f
 Triton comes with torch's builds for GPUs; ``cuda.py`` goes on without it. Its interpreter (``TRITON_INTERPRET=1``) runs
 all of this on a CPU, which is how the tests do it.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs
 # Triton reads the source of a kernel, in which types are Triton's own.
 
 import math
