@@ -127,7 +127,9 @@ def status() -> str:
 def bind() -> str:
     """Make ``binding.cpp`` the CPU's ``linear`` and ``linear_weight_only``, where it can be: one line that says so."""
     kernels = library()
-    if kernels is None or INSTRUCTION_SETS[_instruction_set()] != "AVX-512 BF16":
+    if kernels is None:
+        return "layers run step by step"
+    if INSTRUCTION_SETS[_instruction_set()] != "AVX-512 BF16":
         return "layers run step by step: the fused kernels need AVX-512 BF16 and VNNI"
     binding, status = _loaded("binding")
     if binding is None:
