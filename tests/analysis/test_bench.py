@@ -349,41 +349,63 @@ def test_no_room(monkeypatch):
     assert language._free_memory() is None
 
 
-def test_compiled_decoding_is_decoding(monkeypatch):
-    """With a backend that only looks, so that it takes a second: the static cache gives the same logits."""
-    torch.manual_seed(0)
+@pytest.fixture
+def compiled(monkeypatch):
+    """A compiler that only looks, so that it takes no minutes; and the graphs that it was given."""
+    original, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, **told: original(model, backend=backend, **told))
+    return graphs
+
+
+def test_compiled_decoding_is_decoding(compiled, monkeypatch):
+    """The static cache gives the logits of the whole text; and what was compiled serves the next turn."""
     model = models.llama()
     prompt = language.Prompt(torch.randint(3, 100, (1, 12)), 8, 4)
     with torch.no_grad():
         whole = model(input_ids=prompt.ids).logits
-    original, seen = type(model).compile, []
-    monkeypatch.setattr(type(model), "compile", lambda self, **told: original(self, backend="eager", **told))
+    look, seen = torch.compile, []
+
+    def watched(model, **told):
+        run = look(model, **told)
+        return lambda **given: seen.append(run(**given)) or seen[-1]
+
+    monkeypatch.setattr(torch, "compile", watched)
     task = language.engine(model, prompt, compiled=True)
-    called = model._compiled_call_impl
-    model._compiled_call_impl = lambda *a, **k: seen.append(called(*a, **k)) or seen[-1]
     with torch.no_grad():
+        torch.testing.assert_close(task["prefill"].run().logits, whole[:, -1:])
+        after = []
         for _ in range(2):
             task["decode"].before()
             seen.clear()
             task["decode"].run()
             torch.testing.assert_close(torch.cat([x.logits for x in seen], 1), whole[:, 8:])
-        torch.testing.assert_close(task["prefill"].run().logits, whole[:, -1:])
+            after.append(len(compiled))
+    assert after[0] == after[1] >= 2
 
 
-def test_torch_does_not_give_up_compiling():
-    """Ten models of one class: torch by itself would stop at the eighth; and what it cannot compile is an error."""
-    compiled = []
+def test_compiled_batches(compiled):
+    """A model of torch's own layers too, of which ``nn.Module.compile`` compiles nothing."""
+    nets = [nn.Sequential(nn.Linear(20, 3), nn.ReLU()), models.Plain()]
+    batch = (torch.randn(3, 20), torch.zeros(3))
+    for i, net in enumerate(nets):
+        task = language.engine(net, batch, compiled=True)["forward"]
+        with torch.no_grad():
+            torch.testing.assert_close(task.run(), net(batch[0]))
+        assert len(compiled) == i + 1
 
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph.forward
 
-    layers = [nn.Linear(4, 3 + i) for i in range(10)]
+def test_torch_does_not_give_up_compiling(compiled):
+    """Ten models of one class: torch by itself stops at the eighth."""
+    nets = [nn.Sequential(nn.Linear(20, 3 + i), nn.ReLU()) for i in range(10)]
     with race.compiling(), torch.no_grad():
-        for layer in layers:
-            layer.compile(backend=backend, dynamic=False)
-            assert layer(torch.zeros(2, 4)).shape == (2, layer.out_features)
-    assert len(compiled) == len(layers)
+        for i, net in enumerate(nets):
+            assert torch.compile(net, dynamic=False)(torch.zeros(2, 20)).shape == (2, 3 + i)
+    assert len(compiled) == len(nets)
 
 
 def test_roofline():

@@ -130,36 +130,45 @@ def eight_bit(model: Any, scheme: Scheme, calibration: list[Any], head: bool) ->
 
 
 def engine(model: Any, task: "Prompt | Any", compiled: bool = False) -> dict[str, Task]:
-    """What is timed of a torch model, which is compiled in place if it is to be."""
-    if compiled:
-        model.compile(dynamic=False)
+    """What is timed of a torch model."""
+    run = torch.compile(model, dynamic=False) if compiled else model
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     if isinstance(task, Prompt):
         task = Prompt(task.ids.to(device), task.context, task.new)
-        return {PREFILL: _prefill(model, task, compiled), DECODE: _decode(model, task, compiled)}
-    batch = _as(task, _dtype(model))
-    return {FORWARD: Task(lambda: enter(model, batch))}
+        return {PREFILL: _prefill(model, run, task, compiled), DECODE: _decode(model, run, task, compiled)}
+    args, named = _arguments(model, _as(task, _dtype(model)))
+    return {FORWARD: Task(lambda: run(*args, **named))}
 
 
-def _prefill(model: Any, task: Prompt, compiled: bool) -> Task:
+def _prefill(model: Any, run: Any, task: Prompt, compiled: bool) -> Task:
     last = _last_only(model)
-    return Task(lambda: model(input_ids=task.ids, use_cache=not compiled, **last))
+    return Task(lambda: run(input_ids=task.ids, use_cache=not compiled, **last))
 
 
-def _decode(model: Any, task: Prompt, static: bool) -> Task:
+def _decode(model: Any, run: Any, task: Prompt, static: bool) -> Task:
     last, fed, context = _last_only(model), task.fed, task.ids[:, : task.context]
     kept: dict[str, Any] = {"cache": None}
 
     def before() -> None:
         told = {"past_key_values": _static_cache(model, task, kept["cache"])} if static else {}
-        # past the compiled call: reading the context is not timed
-        kept["cache"] = model.forward(input_ids=context, use_cache=True, **told, **last).past_key_values
+        kept["cache"] = model(input_ids=context, use_cache=True, **told, **last).past_key_values
 
     def decode() -> None:
         for token in fed:
-            model(input_ids=token, past_key_values=kept["cache"], use_cache=True, **last)
+            run(input_ids=token, past_key_values=kept["cache"], use_cache=True, **last)
 
     return Task(decode, before, nbytes=_read_by_a_token(model, task.new))
+
+
+def _arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """With what the model is called for a batch, found out by calling it once."""
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    watch = model.register_forward_pre_hook(lambda _, args, named: found.append((args, named)), with_kwargs=True)
+    try:
+        enter(model, batch)
+    finally:
+        watch.remove()
+    return found[0]
 
 
 def _static_cache(model: Any, task: Prompt, last: Any) -> Any:

@@ -30,9 +30,8 @@ def _layer(config: str, compiled: bool, weight: Tensor) -> Bind:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
     model = _quantized(nn.Sequential(linear), config)
-    if compiled:
-        model.compile(dynamic=False)
-    return lambda x: lambda: model(x)
+    run = torch.compile(model, dynamic=False) if compiled else model
+    return lambda x: lambda: run(x)
 
 
 def _model(config: str, compiled: bool, setting: Setting) -> dict[str, Task]:
