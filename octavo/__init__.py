@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from octavo import analysis, calibration, cli, core, io, nn, ops, ptq
     from octavo.analysis.bias_window import BiasWindow, bias_window
+    from octavo.analysis.choice import Choice
+    from octavo.analysis.choose import choose
+    from octavo.analysis.compare import compare
+    from octavo.analysis.comparison import Candidate, Comparison
     from octavo.analysis.outliers import find_outliers
     from octavo.analysis.perplexity import perplexity
     from octavo.calibration.run import Calibration, CalibrationInterrupted
@@ -51,6 +55,10 @@ _HOMES = {
     "octavo": ("analysis", "calibration", "cli", "core", "io", "nn", "ops", "ptq"),
     "octavo.analysis.bias_window": ("BiasWindow", "bias_window"),
     "octavo.analysis.outliers": ("find_outliers",),
+    "octavo.analysis.choice": ("Choice",),
+    "octavo.analysis.choose": ("choose",),
+    "octavo.analysis.compare": ("compare",),
+    "octavo.analysis.comparison": ("Candidate", "Comparison"),
     "octavo.analysis.perplexity": ("perplexity",),
     "octavo.calibration.run": ("Calibration", "CalibrationInterrupted"),
     "octavo.core": ("accumulate", "formats", "requantize", "schemes"),
@@ -83,7 +91,10 @@ __all__ = [
     "BiasWindow",
     "Calibration",
     "CalibrationInterrupted",
+    "Candidate",
     "Cast",
+    "Choice",
+    "Comparison",
     "Constant",
     "Current",
     "OctavoError",
@@ -106,7 +117,9 @@ __all__ = [
     "calibration",
     "cast",
     "cast_",
+    "choose",
     "cli",
+    "compare",
     "core",
     "correct_biases_",
     "correct_biases_without_data_",

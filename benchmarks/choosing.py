@@ -1,0 +1,154 @@
+"""What choosing a scheme for every layer wins on the demo model, and how long comparing them takes.
+
+``python -m benchmarks.choosing [--comparison FILE]`` writes docs/choosing.md and docs/choosing.json. Python's own
+documentation is dealt out into three parts that share no paragraph: one to calibrate on, one to compare and search on,
+one to judge by. With ``--comparison`` cells that were measured before are read from the file, else they are kept there.
+"""
+
+import argparse
+import copy
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import octavo as ov
+from benchmarks.measure import markdown
+from octavo.analysis import compare as comparing
+from octavo.analysis.choice import Choice
+from octavo.analysis.choose import choose
+from octavo.analysis.comparison import Candidate, Comparison
+from octavo.core import schemes
+from octavo.io import text
+from octavo.io.huggingface import open_model
+from octavo.ptq.rules import rules_to_json
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+INT8, E4M3 = "int8-dynamic", "fp8-dynamic"
+EVERY = (INT8, E4M3, "e3m4-dynamic", "e2m5-dynamic", "int8-group64", "e3m4-int8-group64")
+SMOOTHED = Candidate(schemes.INT8_DYNAMIC, smooth=0.5)
+CELLS, LENGTH, SEARCH, CALIBRATION, JUDGED = 160, 256, 12, 8, 16
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked for: the candidates, the budget of the search, and what the issue asks of the result."""
+
+    title: str
+    candidates: tuple[Any, ...]
+    budget: float
+    limit: float
+    rounding: bool = False
+
+
+QUESTIONS = (
+    Question("all 8-bit formats, every layer in 8 bits", EVERY, 0.0025, 0.3),
+    Question("INT8 and E4M3 a channel and a token, every layer in 8 bits", (INT8, E4M3), 0.009, 1.0, True),
+    Question("INT8 and E4M3, some layers as they are", (INT8, E4M3, None), 0.0025, 0.3, True),
+)
+
+
+class Demo:
+    """The demo model and the three parts of the text."""
+
+    def __init__(self) -> None:
+        source = open_model("demo")
+        self.model = source.model
+        half, judged = text.split(text.read_text(None))
+        calibration, search = text.split(half)
+        tokenizer = source.tokenizer
+        self.judged = text.windows(tokenizer, judged, 512, JUDGED)
+        rows = text.windows(tokenizer, search, LENGTH, SEARCH)
+        self.search = [{"input_ids": rows[:1, :CELLS]}, *({"input_ids": row[None]} for row in rows[1:])]
+        self.calibration = [{"input_ids": row[None]} for row in text.windows(tokenizer, calibration, 512, CALIBRATION)]
+        self.base = ov.perplexity(self.model, self.judged).value
+
+    def judge(self, rules: Any) -> tuple[float, float]:
+        """The perplexity's rise in percent, and the share of the quantizable weights that stayed as they were."""
+        twin = copy.deepcopy(self.model)
+        by_data = not isinstance(rules, str) and any(r.smooth is not None or r.rounding != "nearest" for r in rules)
+        summary = ov.quantize_(twin, rules, self.calibration if by_data else None)
+        done = {layer.name for layer in summary.quantized}
+        sizes = {layer.name: layer.weight.numel() for layer in comparing.quantizable(self.model)}
+        left = sum(size for name, size in sizes.items() if name not in done) / sum(sizes.values())
+        return 100 * (ov.perplexity(twin, self.judged).value / self.base - 1), left
+
+
+def compared(demo: Demo, file: Path | None) -> Comparison:
+    """The comparison, or what the file holds of an earlier one."""
+    if file is not None and file.exists():
+        return Comparison.from_json(json.loads(file.read_text()))
+    found = ov.compare(
+        demo.model, demo.search, [*EVERY, "int8-weight-only"], calibration=demo.calibration, cells_on=1, whole=False
+    )
+    if file is not None:
+        file.write_text(json.dumps(found.to_json()))
+    return found
+
+
+def answer(demo: Demo, question: Question, comparison: Comparison) -> dict[str, Any]:
+    """A choice, and what it costs on text that took no part."""
+    started = time.perf_counter()
+    choice: Choice = choose(
+        demo.model,
+        demo.search,
+        question.budget,
+        candidates=question.candidates,
+        calibration=demo.calibration,
+        comparison=comparison,
+        rounding=question.rounding,
+    )
+    seconds = time.perf_counter() - started
+    rise, left = demo.judge(choice.rules)
+    print(f"{question.title}: {rise:+.3f} %, {100 * left:.1f} % left, {seconds:.0f} s; {choice.verdict}", flush=True)
+    return {
+        "question": question.title,
+        "limit": question.limit,
+        "rise": rise,
+        "left": left,
+        "seconds": seconds,
+        "verdict": choice.verdict,
+        "rules": rules_to_json(choice.rules),
+        "choice": choice.to_json(),
+    }
+
+
+def main() -> None:
+    """Compare, choose, judge, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--comparison", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    demo = Demo()
+    comparison = compared(demo, arguments.comparison)
+    cells = sum(1 for cell in comparison.cells if cell.candidate != "as it is")
+    plain = {name: demo.judge(name)[0] for name in (INT8, E4M3, "e3m4-int8-group64")}
+    answers = [answer(demo, question, comparison) for question in QUESTIONS]
+    rows = [[f"`{name}` everywhere", f"{rise:+.2f} %", "0 %", "", ""] for name, rise in plain.items()]
+    rows += [
+        [a["question"], f"{a['rise']:+.2f} %", f"{100 * a['left']:.1f} %", f"{a['limit']} %", f"{a['seconds']:.0f}"]
+        for a in answers
+    ]
+    header = ["what was asked for", "perplexity", "weights left", "wanted", "seconds to choose"]
+    lines = [
+        "# Choosing a scheme for every layer",
+        "",
+        "Made by `python -m benchmarks.choosing`; the rules and every step of the searches are in choosing.json. "
+        "SmolLM2-135M-Instruct on Python's documentation: 16 windows of 512 tokens, none of which took part in "
+        f"comparing, calibrating or searching; float32 has a perplexity of {demo.base:.3f}.",
+        "",
+        markdown(header, rows),
+        "",
+        f"Comparing took {comparison.seconds['cells']:.0f} s for {cells} cells, each with {CELLS} tokens "
+        f"({comparison.machine}).",
+        "",
+        *(line for a in answers for line in (f"- **{a['question']}**: {a['verdict']}",)),
+        "",
+    ]
+    (DOCS / "choosing.md").write_text("\n".join(lines))
+    told = {"float": demo.base, "plain": plain, "answers": answers, "seconds": comparison.seconds, "cells": cells}
+    (DOCS / "choosing.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
