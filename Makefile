@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test format benchmarks vision clean
+.PHONY: demo test format benchmarks performance vision clean
 
 demo: $(READY)  ## quantize SmolLM2-135M to INT8 and show what it cost
 	$(BIN)/octavo quantize demo --scheme int8-dynamic --out smollm2-int8 --force
@@ -21,6 +21,9 @@ format: $(READY)
 
 benchmarks: $(READY)  ## make the tables of the README and docs/
 	$(BIN)/python -m benchmarks.run
+
+performance: $(READY)  ## measure every speed target and write docs/performance.md; with the peers: pip install '.[peers]'
+	$(BIN)/python -m benchmarks.performance
 
 vision: $(READY)  ## train two networks on Fashion-MNIST, make them 8-bit in every scheme, write docs/vision.md
 	$(BIN)/python -m examples.fashion_mnist.train
