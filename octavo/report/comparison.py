@@ -75,7 +75,7 @@ def _verdict(comparison: Comparison, choice: Choice | None, unit: Units) -> str:
         if outcome.candidate != AS_IT_IS and outcome.excluded is None and loss is not None and math.isfinite(loss):
             tried.append((outcome, loss))
     if not tried:
-        return "No scheme could be judged on the whole model; its layers were compared one by one."
+        return "No scheme was judged on the whole model; its layers were compared one by one."
     best, least = min(tried, key=lambda pair: pair[1])
     said = f"Of {count(len(tried), 'scheme')}, {best.candidate} costs least: {unit.whole} {unit.said(least)}"
     if best.bytes:
