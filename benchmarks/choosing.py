@@ -43,7 +43,7 @@ class Question:
 
 
 QUESTIONS = (
-    Question("all 8-bit formats, every layer in 8 bits", EVERY, 0.0025, 0.3),
+    Question("all 8-bit formats, every layer in 8 bits", EVERY, 0.003, 0.3),
     Question("INT8 and E4M3 a channel and a token, every layer in 8 bits", (INT8, E4M3), 0.009, 1.0, True),
     Question("INT8 and E4M3, some layers as they are", (INT8, E4M3, None), 0.0025, 0.3, True),
 )

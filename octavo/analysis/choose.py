@@ -98,6 +98,7 @@ def choose(
     floats = any(c is None or c == FLOAT for c in wanted)
     schemes = [c for c in wanted if c is not None]
     table = Table(model, data, schemes, calibration=calibration, cells_on=cells_on, loss=loss, call=call)
+    engines.runnable(runs, table.layers, [c.scheme for c in table.candidates if c.scheme is not None])
     if comparison is None:
         comparison = compared(table, track=track)
     search = _Search(table, comparison, runs, objective, max_loss_increase, floats)
@@ -130,8 +131,6 @@ class _Search:
         self.options = [self._options(group) for group in self.groups]
         self.notes = list(table.notes)
         self.steps: list[Step] = []
-        if not any(candidate.scheme for options in self.options for candidate, _ in options):
-            raise OctavoError(f"{engine.name} runs none of the candidates in any layer: {self._why_not()}")
 
     def choice(self, rounding: bool, track: Track | None) -> Choice:
         """Search, and say what was found."""
@@ -357,12 +356,6 @@ class _Search:
         if self._cell(layer, candidate).excluded is None and lightest.cost <= own:
             return f"as those that it runs with; alone it could be {lightest.candidate}"
         return f"the {word}, {lightest.candidate}, would cost {lightest.cost:.2g} of {self.budget:.2g}, this {own:.2g}"
-
-    def _why_not(self) -> str:
-        reasons = [
-            why for layer in self.layers for c in self.candidates if (why := self._cell(layer, c).excluded) is not None
-        ]
-        return reasons[0] if reasons else "there is no candidate"
 
 
 def verdict(choice: Choice, perplexity: bool) -> str:

@@ -7,6 +7,7 @@ as 16 bits, a converted one as many (and reads half the bytes), an emulated one 
 """
 
 import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -124,6 +125,22 @@ ENGINES: dict[str, Engine] = {
         Engine("llama.cpp", "llama.cpp", (Q8_0,), (Q8_0,)),
     )
 }
+
+
+def runnable(engine: Engine, layers: Sequence[Layer], wanted: Iterable[Scheme]) -> list[Scheme]:
+    """Those of the schemes that the engine runs in some layer. Raises ``OctavoError`` if there is none."""
+    schemes_of, why = [], "there is no scheme to choose from"
+    for scheme in wanted:
+        reasons = [(x.name, x.refusal(scheme) or engine.obstacle(x, scheme)) for x in layers]
+        if all(reason for _, reason in reasons):
+            why = ": ".join(map(str, reasons[0])) if reasons else why
+        else:
+            schemes_of.append(scheme)
+    if not schemes_of:
+        raise OctavoError(f"{engine.name} runs none of the candidates in any layer: {why}")
+    return schemes_of
+
+
 #: Per-channel weights and per-token inputs in the two formats that today's matrix units multiply.
 FAST = _named("int8-dynamic", "fp8-dynamic")
 

@@ -41,7 +41,9 @@ def rules_for(model: nn.Module, layers: Sequence[Layer], decided: Mapping[str, C
         # an exception is cheaper to name than a family whose usual is not the model's
         single += [_rule(decided[name], name) for name in members if decided[name] != usual]
         if usual != most:
-            common.append(_rule(usual, _short(pattern, members, names)))
+            alike = [name for name in members if decided[name] == usual]
+            short = _short(pattern, members, names)
+            common += [_rule(usual, name) for name in (alike if short is None else [short])]
     rules = [*single, *common, _rule(most, "*")]
     _check(model, rules, decided)
     return rules
@@ -58,16 +60,14 @@ def _rule(candidate: Candidate, name: str) -> Rule:
     return Rule(candidate.scheme, name, smooth=candidate.smooth, rounding=candidate.rounding)
 
 
-def _short(pattern: str, members: Sequence[str], names: Sequence[str]) -> str:
-    """The shortest ending of the pattern that means these layers and no others."""
+def _short(pattern: str, members: Sequence[str], names: Sequence[str]) -> str | None:
+    """The shortest ending of the pattern that means these layers and no others; None if even all of it means more."""
     if len(members) == 1:
         return members[0]
     parts = pattern.split(".")
-    for start in range(len(parts) - 1, 0, -1):
-        short = "*." + ".".join(parts[start:])
-        if {name for name in names if fnmatchcase(name, short)} == set(members):
-            return short
-    return pattern
+    endings = ["*." + ".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1)]
+    fitting = (e for e in [*endings, pattern] if {name for name in names if fnmatchcase(name, e)} == set(members))
+    return next(fitting, None)
 
 
 def _check(model: nn.Module, rules: Sequence[Rule], decided: Mapping[str, Candidate]) -> None:

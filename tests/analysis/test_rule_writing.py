@@ -50,3 +50,12 @@ def test_any_mix_comes_back_from_its_rules(name):
             assert (None if rule is None else (rule.scheme, rule.rounding)) == (
                 None if candidate.scheme is None else (candidate.scheme, candidate.rounding)
             )
+
+
+def test_a_pattern_that_means_too_much_is_not_used():
+    model = models.bert()
+    layers = quantizable(model)
+    decided = {x.name: FP8 if x.name.endswith("output.dense") and "attention" not in x.name else INT8 for x in layers}
+    rules = rules_for(model, layers, decided)  # bert.encoder.layer.*.output.dense means attention.output.dense too
+    got = {x.name: rule.scheme for x, rule in deciding(model, swap.layers(model), rules).items()}
+    assert got == {name: candidate.scheme for name, candidate in decided.items()}
