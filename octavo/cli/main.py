@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TextIO
 from octavo.cli.console import Screen, tell
 from octavo.errors import OctavoError, OctavoWarning
 
-COMMANDS = ("quantize", "evaluate", "inspect", "formats", "bench", "experiment", "doctor")
+COMMANDS = ("quantize", "compare", "evaluate", "inspect", "formats", "bench", "experiment", "doctor")
 DEBUG = "OCTAVO_DEBUG"
 TABLE_ROW = re.compile(r"  \S+( \S+)*  +(?=\S)")  # of a help text: a name, a gap, and what it means
 ABOUT = """\
@@ -29,7 +29,8 @@ costs, and write a checkpoint that vLLM, transformers or Octavo itself opens."""
 START = """\
 begin with:
   octavo doctor                                              what this machine is good at
-  octavo quantize demo --out small                           a small model, in 8 bits
+  octavo quantize demo --out small                           a small model, in the best 8 bits
+  octavo compare demo --html demo.html                       what each scheme would cost it
   octavo quantize FOLDER --scheme fp8-dynamic --out small    your own
   octavo evaluate small                                      how well it still predicts
   octavo bench demo                                          what it gains in speed here

@@ -8,7 +8,7 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from octavo.cli import calibrate, measure, opening, report, schemes, stream
+from octavo.cli import calibrate, measure, opening, report, schemes, search, stream
 from octavo.cli.console import Screen, count, tell
 from octavo.errors import OctavoError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from octavo.nn.swap import Layer
     from octavo.ptq.rules import Rule
 
+RULES = "rules.json"
 LAYOUTS = ("auto", "compressed-tensors", "octavo")
 HELP = (
     "make a model's layers 8-bit and write a checkpoint folder",
@@ -25,6 +26,11 @@ HELP = (
 Makes the layers of a model 8-bit, reports for each what it saved and cost, measures the
 perplexity before and after on the same text, and writes a folder that transformers, vLLM or
 Octavo opens. The folder appears whole or not at all.
+
+Without a scheme it chooses one for every layer: the fastest mix, or the smallest, that raises
+the loss by no more than a budget. It tries every layer under every scheme on text that the
+perplexity is not measured on. DIR/rules.json then says what was chosen; edit it and come back
+with --rules.
 
 Static schemes fix the scales of the inputs beforehand, by passing example data through the model:
 text, of which the parts are used that the perplexity is not measured on, or --data.
@@ -39,6 +45,7 @@ it. They are found in the current folder and on PYTHONPATH.""",
 
 examples:
   octavo quantize demo --out small
+  octavo quantize FOLDER --budget 0.3% --for vllm --html why.html --out small
   octavo quantize FOLDER --scheme fp8-dynamic --skip '*.layers.0.*' --out small
   octavo quantize FOLDER --weights e4m3fn --weight-group 128 --dry-run
   octavo quantize FOLDER --stream --out small
@@ -55,6 +62,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=opening.MODEL)
     measure.dtype_flag(parser)
     schemes.add(parser)
+    search.add(parser)
     calibrate.add(parser)
     group = measure.add(parser)
     group.add_argument("--no-evaluate", action="store_true", help="do not judge the model")
@@ -86,6 +94,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
     from octavo.calibration.minmax import MinMax
     from octavo.io import checkpoint, folder
     from octavo.ptq.quantize import quantize_
+    from octavo.ptq.rules import write_rules
 
     _check_flags(arguments)
     if arguments.out is not None:
@@ -94,14 +103,17 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
     if arguments.stream:
         stream.run(arguments, screen)
         return
-    rules = schemes.rules(arguments)
+    auto = arguments.scheme.lower() == schemes.AUTO
+    rules = [] if auto else schemes.rules(arguments)
     weight_observer = calibrate.observer(arguments.calibrate_weights) if arguments.calibrate_weights else None
-    ranges = calibrate.plan(arguments, rules)
+    ranges = None if auto else calibrate.plan(arguments, rules)
     unjudged = arguments.no_evaluate or arguments.dry_run or arguments.out is None
     by = None if unjudged else measure.read(arguments)
     with screen.phase("load", f"opening {arguments.model}"):
         opened = opening.float_model(arguments)
     model = opened.model
+    found = search.run(arguments, opened, screen) if auto else None
+    rules = rules if found is None else list(found.choice.rules)
     plan = make_plan(opened, rules, arguments.layout)
     if arguments.dry_run:
         report.plan(screen, arguments.model, plan)
@@ -111,7 +123,10 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
 
     judge = "--no-evaluate" if unjudged else measure.judge(arguments, by, opened, screen)
     before = None if isinstance(judge, str) else judge.measure(model, "evaluate before")
-    data, calibrated = calibrate.data_for(ranges, arguments, opened, rules, screen)
+    if found is None:
+        data, calibrated = calibrate.data_for(ranges, arguments, opened, rules, screen)
+    else:
+        data, calibrated = found.data, found.told
     if arguments.out is None:
         report.calibrated(screen, arguments.model, arguments.save_calibration, calibrated or {})
         return
@@ -133,6 +148,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
     with screen.phase("save", f"writing {arguments.out}"):
         checkpoint.save(model, arguments.out, plan.layout, opened.tokenizer, arguments.force)
     screen.written = arguments.out
+    if auto:
+        write_rules(rules, f"{arguments.out}/{RULES}")
     report.done(
         screen,
         report.Result(
@@ -148,6 +165,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
             judge=judge,
             before=None if before is None else before.value,
             after=None if after is None else after.value,
+            choice=None if found is None else found.choice,
         ),
     )
 
@@ -184,6 +202,8 @@ def _check_not_source(arguments: argparse.Namespace) -> None:
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
+    schemes.settle(arguments)
+    search.check(arguments)
     if arguments.out is None and not (arguments.dry_run or arguments.save_calibration):
         raise OctavoError("--out DIR is missing: the folder to write. To look first, use --dry-run")
     by = [flag for flag in ("text", "windows", "window", "evaluate") if getattr(arguments, flag)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.cli.console import LABEL, Screen, mb, table
 
 if TYPE_CHECKING:
+    from octavo.analysis.choice import Choice
     from octavo.cli.measure import Judge
     from octavo.cli.quantize import Plan
     from octavo.core.schemes import Scheme
@@ -34,6 +35,7 @@ class Result:
     judge: "Judge | str"
     before: float | None
     after: float | None
+    choice: "Choice | None" = None
 
 
 def done(screen: Screen, result: Result) -> None:
@@ -43,6 +45,8 @@ def done(screen: Screen, result: Result) -> None:
     screen.say()
     for name, words in _totals(screen, result).items():
         screen.facts({name: words}, "bold" if name in ("size", figure_of(result)) else None)
+    if result.choice is not None:
+        screen.facts({"chosen": result.choice.verdict})
     for note in summary.notes:
         screen.facts({"note": note}, "yellow")
     screen.facts({"written": f"{result.out}  ({result.plan.layout})"}, "bold green")
@@ -224,6 +228,7 @@ def _document(screen: Screen, result: Result) -> dict[str, Any]:
         "bytes_after": summary.bytes_after,
         **_measured(result),
         **({} if result.calibrated is None else {"calibration": result.calibrated}),
+        **({} if result.choice is None else {"choice": result.choice.to_json()}),
         "weight_sqnr": {
             "median": statistics.median(_sqnrs(summary.quantized)),
             "worst": worst.sqnr,

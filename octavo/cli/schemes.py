@@ -45,7 +45,7 @@ SCHEMES = {
     "e2m5-static": "E2M5 with calibrated input scales",
 }
 SCHEMES_HELP = "schemes, what becomes of a layer:\n" + "\n".join(f"  {k:<18}  {v}" for k, v in SCHEMES.items())
-NONE = "none"
+NONE, AUTO = "none", "auto"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +53,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what becomes of the layers")
     group.add_argument(
         "--scheme",
-        default=DEFAULT,
         metavar="NAME",
-        help=f"for all layers but embeddings and the output head (default: {DEFAULT}); 'none' leaves it to --rule",
+        help="for all layers but embeddings and the output head; 'auto' chooses one for every layer (default, unless "
+        f"other flags say what becomes of layers: then {DEFAULT}); 'none' leaves it to --rule",
     )
     group.add_argument(
         "--weights", metavar="FORMAT", help="another number format for the weights, see `octavo formats`"
@@ -102,6 +102,21 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="how weights are rounded: each to the nearest, or by GPTQ, so that later columns of a weight make up for "
         "the errors of earlier ones on the data for calibration (default: nearest)",
     )
+
+
+def settle(arguments: argparse.Namespace) -> None:
+    """Say which scheme no ``--scheme`` means. Raises ``OctavoError`` for flags that do not go with ``auto``."""
+    given = [*_changes(arguments), *(["--rule"] if arguments.rules else [])]
+    given += ["--rules"] if arguments.rules_file else []
+    given += ["--smooth"] if arguments.smooth is not None else []
+    given += ["--round"] if arguments.round != "nearest" else []
+    given += ["--stream"] if arguments.stream else []
+    static = ("calibrate", "calibrate_weights", "save_calibration", "calibration", "allow_uncalibrated")
+    given += [f"--{flag.replace('_', '-')}" for flag in static if getattr(arguments, flag)]
+    if arguments.scheme is None:
+        arguments.scheme = DEFAULT if given else AUTO
+    elif arguments.scheme.lower() == AUTO and given:
+        raise OctavoError(f"--scheme auto chooses for every layer by itself, without {given[0]}. Leave one out")
 
 
 def rules(arguments: argparse.Namespace) -> "list[Rule]":

@@ -147,13 +147,16 @@ def test_several_files_are_merged(place, octavo):
         (("vision:net", "--scheme", "int8-static"), "vision:net reads no text, so name the data to calibrate with"),
         (("vision:net", "--scheme", "int8-static", "--calibration-windows", 3), "is for language models"),
         (("vision:net", "--dtype", "bfloat16"), "--dtype is for checkpoints"),
-        (("vision:net", "--layout", "compressed-tensors"), "Net is not a transformers model"),
+        (
+            ("vision:net", "--scheme", "int8-dynamic", "--layout", "compressed-tensors"),
+            "Net is not a transformers model",
+        ),
         (("vision:nett",), "vision has no nett. Did you mean net?"),
         (("vision:pictures",), "returned a list, not an nn.Module"),
         (("vision:net", "--evaluate", "vision:likenes"), "Did you mean likeness?"),
         (("vision:net", "--evaluate", "vision:likeness", "--windows", 3), "--windows is for perplexity"),
         (("vision:net", "--evaluate", "vision:likeness", "--no-evaluate"), "--no-evaluate that nothing is"),
-        (("vision:net", "--evaluate", "vision:pictures"), "failed with TypeError"),
+        (("vision:net", "--scheme", "int8-dynamic", "--evaluate", "vision:pictures"), "failed with TypeError"),
         (
             ("vision:net", "--scheme", "int8-static", "--data", "vision:pictures"),
             "1 layers saw no calibration data: unused",

@@ -237,7 +237,8 @@ def test_on_a_terminal(place, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert main(["quantize", "llama", "--out", "small", "--windows", "4", "--window", "16"]) == 0
+    words = ["quantize", "llama", "--scheme", "int8-dynamic", "--out", "small", "--windows", "4", "--window", "16"]
+    assert main(words) == 0
     plain = plain_text(sys.stdout.getvalue())
     assert max(map(len, plain.splitlines())) <= 80
     assert "\x1b[1m" in sys.stdout.getvalue()  # bold

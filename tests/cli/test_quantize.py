@@ -15,6 +15,7 @@ from octavo.cli import main as command
 from octavo.cli.schemes import SCHEMES
 from octavo.io import checkpoint
 
+INT8 = ("--scheme", "int8-dynamic")
 FEW = ("--windows", 3, "--window", 32)
 
 
@@ -30,7 +31,7 @@ def written(place):
 
 
 def test_the_whole_way(place, octavo):
-    said = octavo("quantize", "llama", "--out", "small", *FEW)
+    said = octavo("quantize", "llama", *INT8, "--out", "small", *FEW)
     assert said.code == 0
     assert said.err == ""
     lines = said.out.splitlines()
@@ -46,7 +47,7 @@ def test_the_whole_way(place, octavo):
 
 
 def test_json_and_evaluate_agree(place, octavo):
-    said = octavo("quantize", "llama", "--out", "small", "--json", *FEW)
+    said = octavo("quantize", "llama", *INT8, "--out", "small", "--json", *FEW)
     told = said.json
     assert (told["layout"], told["out"], told["class"]) == ("compressed-tensors", "small", "LlamaForCausalLM")
     assert told["bytes_after"] < told["bytes_before"]
@@ -62,7 +63,7 @@ def test_json_and_evaluate_agree(place, octavo):
 
 
 def test_gpt2_goes_into_our_own_layout_and_says_so(place, octavo):
-    said = octavo("quantize", "gpt2", "--out", "small", *FEW)
+    said = octavo("quantize", "gpt2", *INT8, "--out", "small", *FEW)
     assert said.code == 0
     assert "note: small will be in Octavo's own layout, which only octavo.load opens: transformer.h.0" in said.err
     assert "(octavo)" in said.out
@@ -72,7 +73,7 @@ def test_gpt2_goes_into_our_own_layout_and_says_so(place, octavo):
 
 
 def test_bert_has_no_perplexity(place, octavo):
-    said = octavo("quantize", "bert", "--out", "small")
+    said = octavo("quantize", "bert", *INT8, "--out", "small")
     assert said.code == 0
     assert "not measured: BertForSequenceClassification is not a causal language model" in said.out
     assert "BertForSequenceClassification.from_pretrained" in said.out
@@ -85,24 +86,24 @@ def test_bert_has_no_perplexity(place, octavo):
 def test_without_tokenizer(place, octavo):
     for file in place.glob("llama/tokenizer*"):
         file.unlink()
-    said = octavo("quantize", "llama", "--out", "small")
+    said = octavo("quantize", "llama", *INT8, "--out", "small")
     assert said.code == 0
     assert "not measured: the model comes without a tokenizer" in said.out
 
 
 def test_no_evaluate(place, octavo):
-    told = octavo("quantize", "llama", "--out", "small", "--no-evaluate", "--json").json
+    told = octavo("quantize", "llama", *INT8, "--out", "small", "--no-evaluate", "--json").json
     assert told["perplexity"] == {"not_measured": "--no-evaluate"}
 
 
 def test_dtype(place, octavo):
-    assert octavo("quantize", "llama", "--out", "small", "--dtype", "bfloat16", *FEW).code == 0
+    assert octavo("quantize", "llama", *INT8, "--out", "small", "--dtype", "bfloat16", *FEW).code == 0
     assert json.loads((place / "small/config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_text_of_ones_own(place, octavo):
     (place / "novel.txt").write_text("\n\n".join(f"Chapter {i}. It was a dark and stormy night." for i in range(60)))
-    said = octavo("quantize", "llama", "--out", "small", "--text", "novel.txt", "--windows", 500, "--window", 32)
+    said = octavo("quantize", "llama", *INT8, "--out", "small", "--text", "novel.txt", "--windows", 500, "--window", 32)
     assert said.code == 0
     assert "note: the part of novel.txt to judge by holds" in said.err
     assert "of novel.txt" in said.out
@@ -132,14 +133,24 @@ def test_text_of_ones_own(place, octavo):
     ],
 )
 def test_flags_make_schemes(place, octavo, flags, expected):
-    told = octavo("quantize", "llama", "--dry-run", "--json", *flags).json
+    told = octavo("quantize", "llama", *INT8, "--dry-run", "--json", *flags).json
     assert {x["scheme"] for x in told["layers"]} - {None} == {schemes.describe(schemes.get(expected))}
     assert written(place) == []
 
 
 def test_rules_in_order(place, octavo):
     said = octavo(
-        *("quantize", "llama", "--dry-run", "--json", "--rule", "lm_head=int8-weight-only", "--skip", "*.0.mlp.*"),
+        *(
+            "quantize",
+            "llama",
+            *INT8,
+            "--dry-run",
+            "--json",
+            "--rule",
+            "lm_head=int8-weight-only",
+            "--skip",
+            "*.0.mlp.*",
+        ),
         *("--rule", "*.mlp.*=fp8-dynamic", "--rule", "*.k_proj=none"),
     )
     schemes = {x["name"]: x["scheme"] for x in said.json["layers"]}
@@ -158,8 +169,8 @@ def test_only_rules(place, octavo):
 
 
 def test_force_replaces(place, octavo):
-    assert octavo("quantize", "llama", "--out", "small", "--no-evaluate").code == 0
-    said = octavo("quantize", "llama", "--out", "small", "--no-evaluate")
+    assert octavo("quantize", "llama", *INT8, "--out", "small", "--no-evaluate").code == 0
+    said = octavo("quantize", "llama", *INT8, "--out", "small", "--no-evaluate")
     assert (said.code, "--force" in said.err) == (2, True)
     again = octavo("quantize", "llama", "--out", "small", "--no-evaluate", "--force", "--scheme", "fp8-dynamic")
     assert again.code == 0
@@ -214,9 +225,9 @@ def test_bad_requests(place, octavo, words, message):
 
 def test_short_text(place, octavo):
     (place / "short.txt").write_text("hello world")
-    assert "no two different parts" in octavo("quantize", "llama", "--out", "x", "--text", "short.txt").err
+    assert "no two different parts" in octavo("quantize", "llama", *INT8, "--out", "x", "--text", "short.txt").err
     (place / "short.txt").write_text("\n\n".join("abcdefgh"))
-    said = octavo("quantize", "llama", "--out", "x", "--text", "short.txt")
+    said = octavo("quantize", "llama", *INT8, "--out", "x", "--text", "short.txt")
     assert (said.code, "less than one window of 64" in said.err) == (2, True)
 
 
@@ -250,7 +261,7 @@ def not_a_number(state):
 )
 def test_bad_folders(place, octavo, damage, message):
     damage(place)
-    said = octavo("quantize", "llama", "--out", "x", *FEW)
+    said = octavo("quantize", "llama", *INT8, "--out", "x", *FEW)
     assert (said.code, said.out) == (2, "")
     assert said.err.startswith("error: ")
     assert message in said.err
@@ -259,7 +270,7 @@ def test_bad_folders(place, octavo, damage, message):
 
 def test_not_a_number_without_evaluation(place, octavo):
     edit_weights(place / "llama", not_a_number)
-    said = octavo("quantize", "llama", "--out", "x", "--no-evaluate")
+    said = octavo("quantize", "llama", *INT8, "--out", "x", "--no-evaluate")
     assert (said.code, "model.layers.1.mlp.up_proj.weight holds 1 NaN" in said.err) == (2, True)
 
 
@@ -280,7 +291,7 @@ def test_interrupted(place, octavo, monkeypatch, where):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(where, interrupt)
-    said = octavo("quantize", "llama", "--out", "x", "--no-evaluate")
+    said = octavo("quantize", "llama", *INT8, "--out", "x", "--no-evaluate")
     assert (said.code, said.out) == (130, "")
     assert said.err == "error: interrupted; nothing was written\n"
     assert written(place) == []
@@ -293,7 +304,7 @@ def test_interrupted_once_it_is_written(place, octavo, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(report, "done", interrupt)
-    said = octavo("quantize", "llama", "--out", "x", "--no-evaluate")
+    said = octavo("quantize", "llama", *INT8, "--out", "x", "--no-evaluate")
     assert (said.code, said.err) == (130, "error: interrupted; x is written\n")
     checkpoint.load("x")
 
@@ -308,7 +319,7 @@ def test_ctrl_c_while_writing(place):
         "    time.sleep(60)\n"
         "checkpoint._write_tensors = slow\n"
         "from octavo.cli.main import main\n"
-        "sys.exit(main(['quantize', 'llama', '--out', 'x', '--no-evaluate']))\n"
+        "sys.exit(main(['quantize', 'llama', '--scheme', 'int8-dynamic', '--out', 'x', '--no-evaluate']))\n"
     )
     run = subprocess.Popen(
         [sys.executable, "-c", script], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -327,11 +338,11 @@ def test_the_schemes_of_the_help():
 
 def test_no_transformers(place, octavo, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    said = octavo("quantize", "llama", "--out", "x")
+    said = octavo("quantize", "llama", *INT8, "--out", "x")
     assert (said.code, "pip install 'octavo[cli]'" in said.err) == (2, True)
 
 
 @pytest.mark.skipif(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0), reason="root may write anywhere")
 def test_no_permission(place, octavo):
     (place / "locked").mkdir(mode=0o500)
-    assert "no permission" in octavo("quantize", "llama", "--out", "locked/x").err
+    assert "no permission" in octavo("quantize", "llama", *INT8, "--out", "locked/x").err
