@@ -171,6 +171,11 @@ def get(scheme: Scheme | str) -> Scheme:
     return NAMES[key]
 
 
+def alpha(name: str) -> float | None:
+    """How far a rule smooths its layers that gives this name and no α of its own: SmoothQuant's ½, or not at all."""
+    return 0.5 if str(name).lower().replace("_", "-").strip().startswith("smoothquant") else None
+
+
 def describe(scheme: Scheme) -> str:
     """The scheme in a few words for a table: its name if it has one, else formats and granularities."""
     for name, known in NAMES.items():

@@ -162,3 +162,9 @@ class QuantizedLayer(nn.Module):
                 setattr(self, name, tensor.to(moved.device))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before["codes"].device)).dtype
         return self
+
+
+def tables_of(module: nn.Module) -> set[int]:
+    """The ids of a layer's tables of numbers, which belong to its formats, as code does, and not to its weights."""
+    buffers = module._buffers if isinstance(module, QuantizedLayer) else {}
+    return {id(buffers[name]) for name in TABLES if buffers.get(name) is not None}

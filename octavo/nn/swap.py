@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from octavo.core.schemes import Scheme
 from octavo.nn.conv import QuantizedConv, QuantizedConvTranspose
 from octavo.nn.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
-from octavo.nn.layer import QuantizedLayer
+from octavo.nn.layer import QuantizedLayer, tables_of
 from octavo.nn.linear import QuantizedLinear, is_conv1d
 
 #: Which 8-bit layer stands in for which float one; a subclass counts where it computes the same.
@@ -78,7 +78,8 @@ class Layer:
         """Bytes of the module's own parameters and buffers, those that a weight is computed from included."""
         inner = parametrize.is_parametrized(self.module)
         own = [*self.module.parameters(recurse=inner), *self.module.buffers(recurse=inner)]
-        return sum(t.nbytes for t in own)
+        tables = tables_of(self.module)
+        return sum(t.nbytes for t in own if id(t) not in tables)
 
 
 def layers(model: nn.Module) -> list[Layer]:

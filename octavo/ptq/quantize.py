@@ -24,6 +24,7 @@ from octavo.core.scaling import Constant
 from octavo.core.schemes import Scheme, describe
 from octavo.errors import OctavoError
 from octavo.nn import swap
+from octavo.nn.layer import tables_of
 from octavo.nn.swap import Layer
 from octavo.ptq.rounding import Job, round_weights, rounded_by_data
 from octavo.ptq.rules import Rounding, Rules, assign, deciding
@@ -183,7 +184,7 @@ def quantize_(
         new = layer.eight_bit.replacing(layer.module, weight, scheme, **scales)
         quality = sqnr(layer.weight, new.weight)
         swap.replace(model, layer, new)
-        after = sum(t.nbytes for t in new.buffers())
+        after = sum(t.nbytes for t in new.buffers() if id(t) not in tables_of(new))
         words = describe(scheme)
         reports[layer.name] = LayerReport(layer.name, layer.kind, words, "", layer.nbytes, after, quality, rounding)
     notes += no_smaller(reports.values())
@@ -232,8 +233,9 @@ def no_smaller(reports: Iterable[LayerReport]) -> list[str]:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each storage counted once."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)]
+    """Bytes of all parameters and buffers, each storage counted once; not the tables of formats, which layers share."""
+    tables = {table for module in model.modules() for table in tables_of(module)}
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t) and id(t) not in tables]
     return sum({(t.data_ptr() or id(t), t.nbytes): t.nbytes for t in tensors}.values())
 
 

@@ -67,7 +67,7 @@ Rules = Scheme | str | Sequence[Rule] | Mapping[str, "Scheme | str | None"]
 def as_rules(rules: Rules) -> tuple[Rule, ...]:
     """A scheme, its name, a list of rules, or ``{name pattern: scheme}`` as a tuple of rules with schemes resolved."""
     if isinstance(rules, Scheme | str):
-        return (Rule(schemes.get(rules)),)
+        rules = [Rule(rules)]
     if isinstance(rules, Mapping):
         rules = [Rule(scheme, name) for name, scheme in rules.items()]
     wrong = [rule for rule in rules if not isinstance(rule, Rule)] if isinstance(rules, Sequence) else [rules]
@@ -75,7 +75,15 @@ def as_rules(rules: Rules) -> tuple[Rule, ...]:
         raise OctavoError(f"rules are octavo.Rule(scheme, name=…, type=…), not {wrong[0]!r}")
     if not rules:
         raise OctavoError("the list of rules is empty; nothing would be quantized")
-    return tuple(r if r.scheme is None else replace(r, scheme=schemes.get(r.scheme)) for r in rules)
+    return tuple(_resolved(rule) for rule in rules)
+
+
+def _resolved(rule: Rule) -> Rule:
+    """The rule with a scheme for a name. A name of SmoothQuant's says that layers are smoothed, too."""
+    if rule.scheme is None or isinstance(rule.scheme, Scheme):
+        return rule
+    smooth = schemes.alpha(rule.scheme) if rule.smooth is None else rule.smooth
+    return replace(rule, scheme=schemes.get(rule.scheme), smooth=smooth)
 
 
 def rules_to_json(rules: Rules) -> list[dict[str, Any]]:

@@ -87,7 +87,7 @@ def test_named_schemes(name, dtype, tmp_path):
     model = models.llama(hidden_size=128, intermediate_size=256).to(dtype)
     ov.quantize_(model, name, tokens(model))
     layout, why = checkpoint.layout_for(model)
-    fits = name.startswith(("int8-", "fp8-")) and name != "fp8-cscale"
+    fits = name.startswith(("int8-", "fp8-", "smoothquant-")) and name != "fp8-cscale"
     assert (layout == CT) == fits == (why == "")
     for each in {"octavo", layout}:
         checkpoint.save(model, tmp_path / each, layout=each)

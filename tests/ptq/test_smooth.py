@@ -155,7 +155,7 @@ def test_static_scales_are_those_of_the_smoothed_model(scheme):
     data, twin = batches(model), copy.deepcopy(model)
     ov.quantize_(model, [Rule(scheme, smooth=0.5)], iter(data))
     smooth_(twin, data, 0.5, rules=scheme)
-    ov.quantize_(twin, scheme, data)
+    ov.quantize_(twin, ov.schemes.get(scheme), data)
     assert same(state(model), state(twin))
 
 
