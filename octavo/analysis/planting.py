@@ -27,7 +27,7 @@ from octavo.ptq.pairs import Pair, find
 
 @dataclass(frozen=True)
 class Planted:
-    """What ``plant_outliers_`` changed: the norms and their readers, and for each norm the channels with their factors."""
+    """What ``plant_outliers_`` changed: norms and their readers, and for each norm the channels with their factors."""
 
     pairs: tuple[Pair, ...]
     factors: tuple[dict[int, float], ...]

@@ -1,4 +1,4 @@
-"""A layer in one call equals its steps: bit for bit where inputs are codes, within FP32 summation where they are not."""
+"""A layer in one call equals its steps: bit for bit where inputs are codes, else within the bound of FP32 sums."""
 
 import itertools
 
@@ -90,7 +90,7 @@ def test_static_scales(format, affine, dtype):
     assert scale.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64))
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("format", FORMATS)
 def test_weight_only(format, dtype):
     for m, n, k in itertools.product((1, 3, 40), (1, 33), (1, 17, 100, 576)):
