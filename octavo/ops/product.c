@@ -161,7 +161,8 @@ typedef struct {
     int64_t words;          /* whole ones */
     int tail;               /* bytes of the last, if it is not whole */
     const float *left, *right; /* NULL: unscaled */
-    const int32_t *offset, *total; /* of rows of A, and the sums of rows of B; integers only */
+    const int32_t *offset, *total; /* of rows of A, and the sums of rows of B; integers with zero points only */
+    const int32_t *start;          /* what the sum of each row of B begins with; other integers only */
     int more, add;          /* sums go on from, or numbers are added to, what an earlier call left */
     int last;               /* whether the stretch ends here */
 } Stretch;
@@ -174,7 +175,9 @@ INLINE AVX512_DOTS void tile(int kind, int vectors, int columns, const Stretch *
     UNROLL for (int j = 0; j < columns; j++) {
         row[j] = s->b + least(j0 + j, n - 1) * s->ldb; /* beyond n, the last again */
         UNROLL for (int v = 0; v < vectors; v++)
-            sum[j][v] = s->more ? sums[(j0 + j) * PANEL + v] : _mm512_setzero_si512();
+            sum[j][v] = s->more                            ? sums[(j0 + j) * PANEL + v]
+                        : kind == INTEGERS && s->start != NULL ? _mm512_set1_epi32(s->start[j0 + j])
+                                                               : _mm512_setzero_si512();
     }
     const __m512i *panel = s->panel;
     const int64_t words = s->words;
@@ -199,7 +202,7 @@ INLINE AVX512_DOTS void tile(int kind, int vectors, int columns, const Stretch *
                 *out = sum[j][v];
                 continue;
             }
-            if (kind == INTEGERS)
+            if (kind == INTEGERS && !s->start)
                 sum[j][v] = _mm512_sub_epi32(sum[j][v], _mm512_mullo_epi32(_mm512_loadu_si512(s->offset + v * LANES),
                                                                            _mm512_set1_epi32(s->total[j0 + j])));
             __m512 y = number(kind, sum[j][v]);
@@ -212,6 +215,8 @@ INLINE AVX512_DOTS void tile(int kind, int vectors, int columns, const Stretch *
 }
 
 INLINE AVX512_DOTS __m256i to_bfloat16s(__m512 y) {
+    /* the instruction takes subnormals for zero: 0, normal, infinite and quiet NaN are its own */
+    if (!_mm512_fpclass_ps_mask(y, 0x20 | 0x80)) return (__m256i)_mm512_cvtneps_pbh(y);
     const __m512i u = _mm512_castps_si512(y), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
@@ -296,6 +301,7 @@ INLINE AVX512_DOTS void lot(int kind, const Product *p, const Packed *a, int64_t
         for (int64_t j = 0; j < LOT; j++) {
             rights[s * LOT + j] = j < n && p->right ? p->right[(j0 + j) / p->right_rows * p->right_row + s / p->right_span] : 0;
             if (j >= n) totals[s * LOT + j] = 0;
+            if (!p->zeros) totals[s * LOT + j] *= p->flip ? -128 : 0;
         }
     for (int64_t strip = first; strip < last; strip++) {
         const int64_t v0 = strip_start(strip, a->strips, a->vectors);
@@ -314,6 +320,7 @@ INLINE AVX512_DOTS void lot(int kind, const Product *p, const Packed *a, int64_t
                     .right = rights + s * LOT,
                     .offset = a->offsets + (strip * stretches + s) * STRIP,
                     .total = totals + s * LOT,
+                    .start = p->zeros ? NULL : totals + s * LOT,
                     .more = w > 0,
                     .add = s > 0,
                     .last = w + depth >= whole,
