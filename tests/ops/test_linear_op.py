@@ -144,3 +144,34 @@ def test_without_kernels_the_same(scheme, monkeypatch):
     for name in names:
         monkeypatch.setattr(torch.ops.octavo, name, steps[name])
     torch.testing.assert_close(made(x), fast, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 16), (2, 5, 16), (16,), (0, 16)])
+def test_opcheck(dtype, shape):
+    q, _, bias = layer("E4M3FN", None, 8, 16, True, dtype)
+    x = numbers(*shape, dtype=dtype)
+    p = plan(q, ov.Cast(ov.formats.INT8, PerGroup(8)))
+    weight = ops.Weight(q.codes, q.scale, p.rows, p.columns, p.table)
+    arguments = (x, *weight, bias, p.input_table, None, None, p.group, p.affine, p.power_of_two, *p.numbers)
+    torch.library.opcheck(torch.ops.octavo.linear.default, arguments)
+    torch.library.opcheck(torch.ops.octavo.linear_weight_only.default, (x, *weight, bias))
+    rows = x.reshape(-1, 16)
+    torch.library.opcheck(torch.ops.octavo.quantize_rows.default, (rows, 8, None, None, False, False, *p.numbers))
+
+
+def test_one_graph_for_any_number_of_rows():
+    made = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)).eval()
+    ov.quantize_(made, {"0": "int8-dynamic", "2": "fp8-weight-only"})
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(made, backend=count, fullgraph=True, dynamic=True)
+    for m in (2, 3, 7, 64):
+        x = numbers(m, 16, seed=m)
+        assert torch.equal(compiled(x), made(x))
+    assert len(graphs) == 1
