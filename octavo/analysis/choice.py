@@ -77,6 +77,11 @@ class Choice:
     costliest: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether every layer stays as it is."""
+        return all(rule.scheme is None for rule in self.rules)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``json.dumps``."""
         content = plain(asdict(self) | {"rules": []})

@@ -131,6 +131,10 @@ class Table:
             self.notes.append("the model runs in full for every cell: it gives other results when parts only answer")
         losses = [self.judge.loss(reference) for reference in self.references]
         known = [told for told in losses if told is not None]
+        if known and not sum(count for _, count in known):
+            raise OctavoError(
+                "the data holds nothing to predict: no batch has two tokens in a row that are not padding"
+            )
         self.loss = sum(told[0] for told in known) / sum(told[1] for told in known) if known else None
         if self.loss is not None and not math.isfinite(self.loss):
             raise OctavoError(f"the loss of the model as it is is {self.loss}; nothing can be compared with that")

@@ -175,6 +175,8 @@ class Noise:
         found = [tensor.detach().double() for tensor in tensors(output)]
         if not found:
             raise OctavoError("the output holds no float tensor; say by what to judge: loss=lambda output, batch: …")
+        if not any(tensor.numel() for tensor in found):
+            raise OctavoError("a batch is empty: the model's output for it holds no number. Leave it out")
         if not all(bool(tensor.isfinite().all()) for tensor in found):
             raise OctavoError("the output of the model as it is holds NaN or Inf; nothing can be compared with that")
         return found

@@ -71,7 +71,9 @@ class Smoothing:
 
     def notes(self) -> list[str]:
         """The same in two lines."""
-        done = [f"{len(self.pairs)} pairs are smoothed ({self.pairs[0]}{', …' if len(self.pairs) > 1 else ''})"]
+        several = len(self.pairs) > 1
+        pairs = f"{len(self.pairs)} pairs are" if several else "1 pair is"
+        done = [f"{pairs} smoothed ({self.pairs[0]}{', …' if several else ''})"]
         if not self.left:
             return done
         name, why = next(iter(self.left.items()))
