@@ -98,7 +98,7 @@ def choose(
     floats = any(c is None or c == FLOAT for c in wanted)
     schemes = [c for c in wanted if c is not None]
     table = Table(model, data, schemes, calibration=calibration, cells_on=cells_on, loss=loss, call=call)
-    engines.runnable(runs, table.layers, [c.scheme for c in table.candidates if c.scheme is not None])
+    engines.runnable(runs, table.layers, table.candidates)
     if comparison is None:
         comparison = compared(table, track=track)
     search = _Search(table, comparison, runs, objective, max_loss_increase, floats)

@@ -4,6 +4,10 @@ Three things decide: what the layout that the engine reads can say (``io.compres
 has, and what the hardware multiplies (``support.json``, with sources). Times can only be measured here. For another
 engine they are estimated from the word in ``support.json``: a native format multiplies twice as many numbers a second
 as 16 bits, a converted one as many (and reads half the bytes), an emulated one half as many.
+
+Smoothing asks nothing of an engine: its scales go into the norms and weights that are there anyway. So wherever an
+engine multiplies INT8 inputs with one scale a token or a tensor, which suffer most from outliers, it is a candidate
+with two α: 0.7 is better behind most norms, 0.5 where massive activations are as large as ``down_proj``'s.
 """
 
 import difflib
@@ -12,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from octavo.analysis import support
+from octavo.analysis.comparison import Candidate
 from octavo.core import formats, schemes
 from octavo.core.cast import Cast
 from octavo.core.granularity import PerChannel, PerTensor
@@ -26,21 +31,21 @@ Q8_0 = schemes.dynamic(formats.INT8, weight_group=32, input_group=32)
 ONNX_DYNAMIC = Scheme(Cast(formats.INT8, PerChannel(0)), Cast(formats.UINT8, PerTensor(), affine=True))
 #: How long a format takes where support.json has one of its words for it, 16 bits taking 1.
 SECONDS = {"native": 0.5, "convert": 0.95, "emulated": 2.0}
-BLOCKS = ("int8-dynamic", "fp8-dynamic", "fp8-block", "int8-weight-only", "fp8-weight-only")
+ALPHAS = (0.7, 0.5)
 
 
 @dataclass(frozen=True)
 class Engine:
     """What runs the model later.
 
-    ``row``: its name in support.json (None: this machine, measured). ``candidates``: the schemes worth trying;
+    ``row``: its name in support.json (None: this machine, measured). ``candidates``: what is worth trying;
     ``layout``: whether it reads compressed-tensors; ``stacked``: whether it runs q, k and v, and gate and up, as one
     layer with one scheme.
     """
 
     name: str
     row: str | None
-    candidates: tuple[Scheme, ...]
+    candidates: tuple[Candidate, ...]
     kernels: tuple[Scheme, ...] | None = None
     layout: Literal["compressed-tensors", "any"] = "any"
     stacked: bool = False
@@ -101,48 +106,56 @@ def _named(*names: str) -> tuple[Scheme, ...]:
     return tuple(schemes.get(name) for name in names)
 
 
-_HERE = _named(
-    *("int8-dynamic", "fp8-dynamic", "e3m4-dynamic", "e2m5-dynamic", "e5m2-dynamic", "int8-group64"),
-    *("e3m4-int8-group64", "llm-int8", "int8-weight-only"),
-)
-ENGINES: dict[str, Engine] = {
-    engine.name: engine
-    for engine in (
-        Engine("here", None, (*_HERE, schemes.dynamic(formats.INT8, weight_group=32, input_group=32))),
-        Engine("vllm", "vLLM", _named(*BLOCKS), _named(*BLOCKS), "compressed-tensors", stacked=True),
-        Engine(
-            "transformers",
-            "transformers",
-            _named(*BLOCKS, "int8-group64"),
-            layout="compressed-tensors",
-        ),
-        Engine(
-            "onnx",
-            "ONNX Runtime",
-            (ONNX_DYNAMIC, *_named("int8-static", "int8-affine-static", "int8-weight-only")),
-            (ONNX_DYNAMIC, *_named("int8-static", "int8-affine-static", "int8-weight-only")),
-        ),
-        Engine("llama.cpp", "llama.cpp", (Q8_0,), (Q8_0,)),
-    )
-}
-
-
-def runnable(engine: Engine, layers: Sequence[Layer], wanted: Iterable[Scheme]) -> list[Scheme]:
-    """Those of the schemes that the engine runs in some layer. Raises ``OctavoError`` if there is none."""
-    schemes_of, why = [], "there is no scheme to choose from"
-    for scheme in wanted:
-        reasons = [(x.name, x.refusal(scheme) or engine.obstacle(x, scheme)) for x in layers]
-        if all(reason for _, reason in reasons):
-            why = ": ".join(map(str, reasons[0])) if reasons else why
-        else:
-            schemes_of.append(scheme)
-    if not schemes_of:
-        raise OctavoError(f"{engine.name} runs none of the candidates in any layer: {why}")
-    return schemes_of
+def _candidates(*of: Scheme, smoothed: Sequence[Scheme] = ()) -> tuple[Candidate, ...]:
+    """Each scheme by itself, and some of them smoothed as well."""
+    return (*map(Candidate, of), *(Candidate(scheme, alpha) for scheme in smoothed for alpha in ALPHAS))
 
 
 #: Per-channel weights and per-token inputs in the two formats that today's matrix units multiply.
 FAST = _named("int8-dynamic", "fp8-dynamic")
+_INT8 = FAST[:1]
+_HERE = _named(
+    *("int8-dynamic", "fp8-dynamic", "e3m4-dynamic", "e2m5-dynamic", "e5m2-dynamic", "int8-group64"),
+    *("e3m4-int8-group64", "llm-int8", "int8-weight-only"),
+)
+_BLOCKS = _named("int8-dynamic", "fp8-dynamic", "fp8-block", "int8-weight-only", "fp8-weight-only")
+_ONNX = (ONNX_DYNAMIC, *_named("int8-static", "int8-affine-static", "int8-weight-only"))
+ENGINES: dict[str, Engine] = {
+    engine.name: engine
+    for engine in (
+        Engine(
+            "here",
+            None,
+            _candidates(*_HERE, schemes.dynamic(formats.INT8, weight_group=32, input_group=32), smoothed=_INT8),
+        ),
+        Engine("vllm", "vLLM", _candidates(*_BLOCKS, smoothed=_INT8), _BLOCKS, "compressed-tensors", stacked=True),
+        Engine(
+            "transformers",
+            "transformers",
+            _candidates(*_BLOCKS, *_named("int8-group64"), smoothed=_INT8),
+            layout="compressed-tensors",
+        ),
+        Engine("onnx", "ONNX Runtime", _candidates(*_ONNX, smoothed=_ONNX[:2]), _ONNX),
+        Engine("llama.cpp", "llama.cpp", _candidates(Q8_0), (Q8_0,)),
+    )
+}
+
+
+def runnable(engine: Engine, layers: Sequence[Layer], wanted: Iterable[Candidate]) -> list[Candidate]:
+    """Those candidates that the engine runs in some layer. Raises ``OctavoError`` if there is none."""
+    found, why = [], "there is no scheme to choose from"
+    for candidate in wanted:
+        scheme = candidate.scheme
+        if scheme is None:
+            continue
+        reasons = [(x.name, x.refusal(scheme) or engine.obstacle(x, scheme)) for x in layers]
+        if all(reason for _, reason in reasons):
+            why = ": ".join(map(str, reasons[0])) if reasons else why
+        else:
+            found.append(candidate)
+    if not found:
+        raise OctavoError(f"{engine.name} runs none of the candidates in any layer: {why}")
+    return found
 
 
 def get(name: str) -> Engine:

@@ -125,6 +125,7 @@ def run(arguments: argparse.Namespace, opened: "Opened", screen: Screen) -> Foun
     from octavo.analysis import engines
     from octavo.analysis.choose import choose
     from octavo.analysis.compare import quantizable
+    from octavo.analysis.comparison import Candidate
     from octavo.analysis.variants import looks_at_data
     from octavo.core import schemes
 
@@ -133,7 +134,7 @@ def run(arguments: argparse.Namespace, opened: "Opened", screen: Screen) -> Foun
     runs = engines.get(engine).on(arguments.hardware)
     wanted: Sequence[Any] = engines.runnable(runs, quantizable(opened.model), runs.candidates)
     if arguments.fast:
-        wanted = [scheme for scheme in map(schemes.get, FAST) if scheme in wanted] or wanted[:2]
+        wanted = [c for c in wanted if c in [Candidate(schemes.get(name)) for name in FAST]] or wanted[:2]
     try:
         data = data_for(arguments, opened, arguments.fast)
     except OctavoError as error:
