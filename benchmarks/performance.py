@@ -1,4 +1,4 @@
-"""``python -m benchmarks.performance [gemm model compiled casts stream]``: speed, target by target, in docs/.
+"""``python -m benchmarks.performance [gemm model others compiled casts stream]``: speed, target by target, in docs/.
 
 Sections may be run apart and by different interpreters: one with the peers (``pip install -e '.[peers]'``), where
 ``--no-peers`` is not said. What is not run again stays as it was measured last. Every section is one race, in which
@@ -112,12 +112,10 @@ def model(arguments: argparse.Namespace) -> Section:
     race = Race(linear.BASELINE)
     opened = open_model("demo").model
     task = language.prompt(opened)
-    with tempfile.TemporaryDirectory() as folder:
-        entered = language.contenders(opened, NAMES, task)
-        both = language.contenders(opened, ["int8-dynamic"], task, head=True)
-        entered += [replace(one, name=f"{one.name}{HEAD}") for one in both if one.name == "int8-dynamic"]
-        entered += peers.language(installed(arguments), opened, task, torch.get_num_threads(), Path(folder))
-        race.run(entered, language.work(task), arguments.repeats or 7, bar)
+    entered = language.contenders(opened, NAMES, task)
+    both = language.contenders(opened, ["int8-dynamic"], task, head=True)
+    entered += [replace(one, name=f"{one.name}{HEAD}") for one in both if one.name == "int8-dynamic"]
+    race.run(entered, language.work(task), arguments.repeats or 7, bar)
 
     def target(scheme: str, doing: str, least: float, to: str = linear.BASELINE) -> Target:
         return Target(f"{scheme}, {doing}, to {to}", least, ratio(race, doing, scheme, to))
@@ -127,7 +125,6 @@ def model(arguments: argparse.Namespace) -> Section:
         target("int8-dynamic", prefill, 1.15),
         target("int8-dynamic", decode, 2.0),
         target(f"int8-dynamic{HEAD}", decode, 2.0),
-        target("int8-dynamic", decode, 5.0, TORCHAO),
         target("int8-weight-only", prefill, 0.9),
         target("int8-weight-only", decode, 1.8),
         *(target(name, prefill, 0.85) for name in NAMES if name.endswith("-dynamic") and name != "int8-dynamic"),
@@ -137,6 +134,23 @@ def model(arguments: argparse.Namespace) -> Section:
         target("llm-int8", decode, 1 / 1.6, "int8-dynamic"),
     ]
     return section(race, targets, roofline.measure())
+
+
+def others(arguments: argparse.Namespace) -> Section:
+    """SmolLM2-135M by the installed peers, not compiled, as above.
+
+    Apart, because their pools of threads stay in the process and slow whoever comes after them.
+    """
+    race = Race(linear.BASELINE)
+    opened = open_model("demo").model
+    task, names = language.prompt(opened), ["int8-dynamic", "int8-weight-only"]
+    with tempfile.TemporaryDirectory() as folder:
+        entered = language.contenders(opened, names, task)
+        entered += peers.language(installed(arguments), opened, task, torch.get_num_threads(), Path(folder))
+        race.run(entered, language.work(task), arguments.repeats or 7, bar)
+    decode = language.DECODE
+    found = ratio(race, decode, "int8-dynamic", TORCHAO)
+    return section(race, [Target(f"int8-dynamic, {decode}, to {TORCHAO}", 5.0, found)], None)
 
 
 def compiled(arguments: argparse.Namespace) -> Section:
@@ -207,6 +221,7 @@ def stream(arguments: argparse.Namespace) -> Section:
 SECTIONS: dict[str, Callable[[argparse.Namespace], Section]] = {
     "gemm": gemm,
     "model": model,
+    "others": others,
     "compiled": compiled,
     "casts": casts,
     "stream": stream,

@@ -38,16 +38,16 @@ def run(monkeypatch, place, *sections):
 def test_sections_merge(small, monkeypatch):
     told, _ = run(monkeypatch, small, "casts", "gemm")
     kept = told["casts"]
-    told, page = run(monkeypatch, small, "model", "compiled")
+    told, page = run(monkeypatch, small, "model", "others", "compiled")
     assert told["casts"] == kept
     assert told["gemm"]["targets"][0]["measured"] > 0
-    by = {target["what"]: target["measured"] for name in ("model", "compiled") for target in told[name]["targets"]}
+    by = {target["what"]: target["measured"] for name in ("model", "others", "compiled") for target in told[name]["targets"]}
     assert by["int8-dynamic, prefill, to BF16"] > 0
     assert by["int8-dynamic, decode, to torchao int8-dynamic"] is None
     assert by["int8-dynamic, compiled, prefill, to BF16, compiled"] > 0
-    assert len(re.findall(r"^## ", page, re.MULTILINE)) == 5  # the targets, and four sections
+    assert len(re.findall(r"^## ", page, re.MULTILINE)) == 6  # the targets, and five sections
     assert page.index("## Gemm") < page.index("## Model") < page.index("## Casts")
-    assert "| [model](#model) | int8-dynamic, decode, to torchao int8-dynamic | ≥ 5 × | – | not measured |" in page
+    assert "| [others](#others) | int8-dynamic, decode, to torchao int8-dynamic | ≥ 5 × | – | not measured |" in page
     assert "`python -m benchmarks.performance casts`" in page
     assert "int8-dynamic, compiled, head too" in page
     assert "Measured roofline: memory" in page
