@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
     from octavo.analysis.compare import SCHEMES
     from octavo.core import schemes
 
-    wanted = [schemes.get(name.strip()) for name in (arguments.schemes or ",".join(SCHEMES)).split(",")]
+    names = [name for name in (arguments.schemes or "").split(",") if name.strip()] or SCHEMES
+    wanted = [schemes.get(name.strip()) for name in names]
     if arguments.calibrate is not None:
         raise OctavoError("--calibrate is for quantize: here static ranges hold all that was seen. Leave it out")
     for file in (arguments.html, arguments.save):
@@ -57,10 +58,12 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
     data = search.data_for(arguments, opened, arguments.fast)
     with screen.phase("compare"):
         found = search.compared(arguments, opened, data, wanted, screen, whole=not arguments.no_whole)
+    numbers = search.look(arguments, opened, data, screen)
     if arguments.save is not None:
         search.write(arguments.save, json.dumps(found.to_json(), indent=1, allow_nan=False).encode())
     if arguments.html is not None:
-        search.write_page(arguments.html, found, None)
+        with screen.phase("page", "drawing the page"):
+            search.write_page(arguments.html, found, None, numbers)
     _say(screen, found)
     for file in (arguments.html, arguments.save):
         if file is not None:

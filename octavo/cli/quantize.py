@@ -27,10 +27,10 @@ Makes the layers of a model 8-bit, reports for each what it saved and cost, meas
 perplexity before and after on the same text, and writes a folder that transformers, vLLM or
 Octavo opens. The folder appears whole or not at all.
 
-Without a scheme it chooses one for every layer: the fastest mix, or the smallest, that raises
-the loss by no more than a budget. It tries every layer under every scheme on text that the
-perplexity is not measured on. DIR/rules.json then says what was chosen; edit it and come back
-with --rules.
+Without a scheme it chooses one for every layer: the fastest mix that raises the loss by no more
+than a budget, or the smallest if that is asked for or nothing is faster. It tries every layer
+under every scheme on text that the perplexity is not measured on. DIR/rules.json then says what
+was chosen; edit it and come back with --rules.
 
 Static schemes fix the scales of the inputs beforehand, by passing example data through the model:
 text, of which the parts are used that the perplexity is not measured on, or --data.
@@ -116,7 +116,9 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
     rules = rules if found is None else list(found.choice.rules)
     plan = make_plan(opened, rules, arguments.layout)
     if arguments.dry_run:
-        report.plan(screen, arguments.model, plan)
+        if found is not None:
+            search.write_page(arguments.html, found.comparison, found.choice, found.numbers)
+        report.plan(screen, arguments.model, plan, None if found is None else found.choice, arguments.html)
         return
     if plan.layout == "octavo" and arguments.layout == "auto" and arguments.out is not None:
         tell("note", f"{arguments.out} will be in Octavo's own layout, which only octavo.load opens: {plan.why}")
@@ -150,24 +152,27 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
     screen.written = arguments.out
     if auto:
         write_rules(rules, f"{arguments.out}/{RULES}")
-    report.done(
-        screen,
-        report.Result(
-            model=arguments.model,
-            kind=type(model).__name__,
-            transformers=checkpoint.is_transformers(model),
-            causal=measure.obstacle(model, True) is None,
-            out=arguments.out,
-            plan=plan,
-            summary=summary,
-            shared=shared,
-            calibrated=calibrated,
-            judge=judge,
-            before=None if before is None else before.value,
-            after=None if after is None else after.value,
-            choice=None if found is None else found.choice,
-        ),
+    result = report.Result(
+        model=arguments.model,
+        kind=type(model).__name__,
+        transformers=checkpoint.is_transformers(model),
+        causal=measure.obstacle(model, True) is None,
+        out=arguments.out,
+        plan=plan,
+        summary=summary,
+        shared=shared,
+        calibrated=calibrated,
+        judge=judge,
+        before=None if before is None else before.value,
+        after=None if after is None else after.value,
+        choice=None if found is None else found.choice,
+        page=arguments.html,
+        with_batches=opened.batches is not None,
     )
+    if found is not None and arguments.html is not None:
+        with screen.phase("page", "drawing the page"):
+            search.write_page(arguments.html, found.comparison, found.choice, found.numbers, report.unseen(result))
+    report.done(screen, result)
 
 
 def make_plan(opened: "Opened", rules: "list[Rule]", layout: str) -> Plan:

@@ -2,7 +2,7 @@
 
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.console import LABEL, Screen, mb, table
@@ -36,12 +36,14 @@ class Result:
     before: float | None
     after: float | None
     choice: "Choice | None" = None
+    page: str | None = None
+    with_batches: bool = False  # the function that makes the model returns data, too
 
 
 def done(screen: Screen, result: Result) -> None:
     """The whole report, or the same as JSON."""
     summary = result.summary
-    layers_table(screen, summary.layers, result.shared)
+    layers_table(screen, _with_reasons(summary.layers, result.choice), result.shared)
     screen.say()
     for name, words in _totals(screen, result).items():
         screen.facts({name: words}, "bold" if name in ("size", figure_of(result)) else None)
@@ -50,6 +52,8 @@ def done(screen: Screen, result: Result) -> None:
     for note in summary.notes:
         screen.facts({"note": note}, "yellow")
     screen.facts({"written": f"{result.out}  ({result.plan.layout})"}, "bold green")
+    if result.page is not None:
+        screen.facts({"page": result.page}, "bold green")
     if result.plan.why:
         screen.facts({"": f"in Octavo's own layout, because of {result.plan.why}"}, "yellow")
     say_openers(screen, result)
@@ -65,8 +69,8 @@ def calibrated(screen: Screen, model: str, file: str, told: dict[str, Any]) -> N
     screen.result({"model": model, "calibration": {**told, "file": file}, "seconds": screen.seconds})
 
 
-def plan(screen: Screen, model: str, made: "Plan") -> None:
-    """Which layer would become what."""
+def plan(screen: Screen, model: str, made: "Plan", choice: "Choice | None" = None, page: str | None = None) -> None:
+    """Which layer would become what; ``page``: a file that was written nevertheless."""
     from octavo.core.schemes import Scheme, describe
     from octavo.ptq.quantize import LayerReport
 
@@ -76,10 +80,11 @@ def plan(screen: Screen, model: str, made: "Plan") -> None:
         else LayerReport(x.name, x.kind, None, v, x.nbytes, x.nbytes)
         for x, v in made.verdict.items()
     ]
-    layers_table(screen, layers, shared(made.verdict), planned=True)
+    layers_table(screen, _with_reasons(layers, choice), shared(made.verdict), planned=True)
     screen.say()
     why = f", because of {made.why}" if made.why else ""
-    screen.say(f"Nothing was changed or written. The layout would be {made.layout}{why}.")
+    written = "Nothing was changed or written." if page is None else f"Nothing was changed; only {page} is written."
+    screen.say(f"{written} The layout would be {made.layout}{why}.")
     found = [{"name": x.name, "kind": x.kind, "scheme": x.scheme, "reason": x.reason or None} for x in layers]
     screen.result({"model": model, "layers": found, "layout": made.layout, "layout_reason": made.why or None})
 
@@ -101,7 +106,8 @@ def openers(result: Result) -> dict[str, str]:
     """How to open the folder, by engine; only what is known to be true of this layout and these schemes."""
     lines = {"octavo": f'octavo.load("{result.out}")'}
     if not result.transformers:
-        lines["octavo"] = f'octavo.load("{result.out}", model={result.model.replace(":", ".")}())'
+        made = f"{result.model.replace(':', '.')}(){'[0]' if result.with_batches else ''}"
+        lines["octavo"] = f'octavo.load("{result.out}", model={made})'
     if result.plan.layout == "compressed-tensors":
         cls = "AutoModelForCausalLM" if result.causal else result.kind
         lines["transformers"] = f'{cls}.from_pretrained("{result.out}")'
@@ -142,6 +148,19 @@ def layers_table(screen: Screen, layers: "list[LayerReport]", shared: dict[str, 
     screen.say(rest)
 
 
+def _with_reasons(layers: "list[LayerReport]", choice: "Choice | None") -> "list[LayerReport]":
+    """The layers, saying of those that a choice left alone that it did, rather than by which of its rules."""
+    if choice is None:
+        return layers
+    why = dict.fromkeys((decision.layer for decision in choice.decisions), "chosen to stay as it is")
+    return [
+        replace(x, reason=why.get(x.name, "embedding or output head: not among what is chosen from"))
+        if x.scheme is None and x.reason.startswith("rule ")
+        else x
+        for x in layers
+    ]
+
+
 def _group(layers: "list[LayerReport]", eight_bit: bool) -> "dict[tuple[str, str], list[LayerReport]]":
     groups: dict[tuple[str, str], list[LayerReport]] = {}
     for layer in layers:
@@ -178,6 +197,16 @@ def calibration_words(told: dict[str, Any]) -> str:
     """From what the ranges of the inputs were made."""
     several = "1 batch" if told["batches"] == 1 else f"{told['batches']:,} batches"
     return f"{told['range']}, over {several} of {told['source']}"
+
+
+def unseen(result: Result) -> dict[str, str]:
+    """What the page tells of the model before and after, by figures that took no part in a choice."""
+    if isinstance(result.judge, str) or result.before is None or result.after is None:
+        return {}
+    figure, (words, over) = figure_of(result), _figures(result).values()
+    if result.judge.tokens is None:
+        return {f"{figure.capitalize()}, {over}": words}
+    return {"Perplexity on text it has not seen": f"{words}, {over}"}
 
 
 def _figures(result: Result) -> dict[str, str]:

@@ -7,18 +7,20 @@ search on, so that no figure that is reported comes from text that took part in 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli import calibrate, measure
-from octavo.cli.console import Screen
+from octavo.cli.console import Screen, count, tell
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
-    from octavo.analysis.choice import Choice
+    from octavo.analysis.choice import Choice, Objective
     from octavo.analysis.comparison import Comparison
+    from octavo.analysis.magnitudes import LayerMagnitudes
+    from octavo.analysis.outliers import Outliers
     from octavo.cli.opening import Opened
 
 AUTO = "auto"
@@ -26,14 +28,26 @@ ENGINES = ("here", "vllm", "transformers", "onnx", "llama.cpp")
 FAST = ("int8-dynamic", "fp8-dynamic", "int8-group64")
 WINDOWS, WINDOW = 12, 256  # of text to search on; layers are compared on the first
 FAST_WINDOW = 128
+NO_FILES = ("onnx", "llama.cpp")  # engines whose files Octavo does not write
+LOOKED_AT = 2  # batches of which the page draws the numbers
 BUDGET = "0.5%"
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """What the page draws of a float model's numbers: how large they are in each layer, and where outliers are."""
+
+    magnitudes: "Sequence[LayerMagnitudes]" = ()
+    outliers: "Outliers | None" = None
+
+
+@dataclass(frozen=True)
 class Found:
-    """A choice, and what ``quantize_`` takes as data for it, with that in words; None if it needs none."""
+    """A choice, what it was made from, and what ``quantize_`` takes as data for it, in words too; None if nothing."""
 
     choice: "Choice"
+    comparison: "Comparison"
+    numbers: Numbers
     data: list[Any] | None
     told: dict[str, Any] | None
 
@@ -53,11 +67,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--budget",
         metavar="B",
-        help="the largest increase of the loss, in nats or of the perplexity in percent, as 0.3%% "
+        help="the largest increase of the loss, in nats or of the perplexity in percent, as 0.3%%; for "
+        "models without a loss the share of the outputs' power that may be noise "
         f"(default: {BUDGET.replace('%', '%%')})",
     )
     group.add_argument(
-        "--objective", choices=("time", "size"), help="what is to be as little as can be (default: time)"
+        "--objective",
+        choices=("time", "size"),
+        help="what is to be as little as can be (default: time; where nothing is faster, size)",
     )
     group.add_argument(
         "--for", dest="engine", choices=ENGINES, help="choose only among what this engine runs (default: here)"
@@ -111,6 +128,7 @@ def data_for(arguments: argparse.Namespace, opened: "Opened", fast: bool = False
         found = list(calibrate.batches(None, named, arguments, opened))
         if not found:
             raise OctavoError(f"{source} holds no batch to compare on; name other data: --data MODULE:FUNCTION")
+        _try(opened.model, found[0], source)
         return Data(found[1::2] or found, found[::2] if len(found) > 1 else None, source)
     first, second = texts.split(text.content)
     calibration = list(calibrate.batches(measure.Text(first, text.source), None, arguments, opened))
@@ -118,6 +136,22 @@ def data_for(arguments: argparse.Namespace, opened: "Opened", fast: bool = False
     tokens = texts.windows(opened.tokenizer, second, length, WINDOWS)
     keys = calibration[0].keys()
     return Data([dict.fromkeys(keys, row[None]) for row in tokens], calibration, text.source)
+
+
+def _try(model: Any, batch: Any, source: str) -> None:
+    """Let a batch of somebody's through the model. Raises ``OctavoError`` if it does not fit, whatever goes wrong."""
+    import torch
+
+    from octavo.calibration.batches import enter, evaluating
+
+    try:
+        with evaluating(model), torch.no_grad():
+            enter(model, batch)
+    except Exception as error:
+        said = str(error) if isinstance(error, OctavoError) else f"{type(error).__name__}: {error}"
+        raise OctavoError(
+            f"the first batch of {source} does not go through the model: {said}. Mend the data"
+        ) from error
 
 
 def run(arguments: argparse.Namespace, opened: "Opened", screen: Screen) -> Found:
@@ -141,31 +175,41 @@ def run(arguments: argparse.Namespace, opened: "Opened", screen: Screen) -> Foun
         raise OctavoError(f"{error}; or name a scheme for all layers, as --scheme int8-dynamic") from error
     with screen.phase("compare"):
         comparison = compared(arguments, opened, data, wanted, screen, whole=arguments.html is not None)
-    with screen.phase("choose"):
-        choice = choose(
-            opened.model,
-            data.search,
-            budget(arguments.budget),
-            "bytes" if arguments.objective == "size" else "time",
-            engine,
-            candidates=[*wanted, None],
-            calibration=data.calibration,
-            comparison=comparison,
-            rounding=not arguments.fast,
-            hardware=arguments.hardware,
-            track=screen.track,
-        )
-    if arguments.html is not None:
-        write_page(arguments.html, comparison, choice)
-    if not choice.met:
-        raise OctavoError(f"{choice.verdict} Allow more by --budget, or name a scheme for all layers by --scheme")
-    if all(rule.scheme is None for rule in choice.rules):
-        raise OctavoError(f"{choice.verdict} Name a scheme for all layers by --scheme, or use --objective size")
+    numbers = look(arguments, opened, data, screen)
+
+    def chosen(objective: "Objective") -> "Choice":
+        with screen.phase("choose"):
+            return choose(
+                opened.model,
+                data.search,
+                budget(arguments.budget),
+                objective,
+                engine,
+                candidates=[*wanted, None],
+                calibration=data.calibration,
+                comparison=comparison,
+                rounding=not arguments.fast,
+                hardware=arguments.hardware,
+                track=screen.track,
+            )
+
+    choice = chosen("bytes" if arguments.objective == "size" else "time")
+    if arguments.objective is None and choice.met and choice.unchanged:
+        runs_faster = "runs faster here" if engine == "here" else f"is said to run faster in {engine}"
+        tell("note", f"nothing {runs_faster} than the model as it is, so this is the smallest that keeps the budget")
+        choice = chosen("bytes")
+    if not choice.met or choice.unchanged:
+        write_page(arguments.html, comparison, choice, numbers)
+        way = ", or use --objective size" if choice.met and arguments.objective == "time" else ""
+        raise OctavoError(f"{choice.verdict} Allow more by --budget{way}, or name a scheme for all layers by --scheme")
     say(screen, choice)
+    if engine in NO_FILES:
+        tell("note", f"Octavo writes no file for {engine}: the folder is Octavo's, and says what {engine} could run")
     if not any(map(looks_at_data, choice.rules)):
-        return Found(choice, None, None)
+        return Found(choice, comparison, numbers, None, None)
     batches = data.search if data.calibration is None else data.calibration
-    return Found(choice, batches, {"range": "what layers are given", "batches": len(batches), "source": data.source})
+    told = {"range": "what layers are given", "batches": len(batches), "source": data.source}
+    return Found(choice, comparison, numbers, batches, told)
 
 
 def compared(
@@ -182,16 +226,39 @@ def compared(
         cells_on=1,
         whole=whole,
         name=arguments.model,
-        source=f"{len(data.search)} batches of {data.source}",
+        source=f"{count(len(data.search), 'batch', 'batches')} of {data.source}",
         track=screen.track,
     )
 
 
-def write_page(file: str, comparison: "Comparison", choice: "Choice | None") -> None:
-    """Write the page, whole or not at all."""
+def look(arguments: argparse.Namespace, opened: "Opened", data: Data, screen: Screen) -> Numbers:
+    """The numbers in the float model's layers, if a page is to show them."""
+    from octavo.analysis.compare import quantizable
+    from octavo.analysis.magnitudes import magnitudes
+    from octavo.analysis.outliers import find_outliers
+
+    if arguments.html is None:
+        return Numbers()
+    some = data.search[:LOOKED_AT]
+    with screen.phase("look"):
+        counted = magnitudes(opened.model, quantizable(opened.model), some, track=screen.track)
+        seen = any(layer.inputs is not None for layer in counted)
+        return Numbers(counted, find_outliers(opened.model, some, track=screen.track) if seen else None)
+
+
+def write_page(
+    file: str | None,
+    comparison: "Comparison",
+    choice: "Choice | None",
+    numbers: Numbers,
+    facts: "Mapping[str, str] | None" = None,
+) -> None:
+    """Write the page, if one is asked for, whole or not at all."""
     from octavo.report.comparison import page
 
-    write(file, page(comparison, choice, command=shlex.join(["octavo", *sys.argv[1:]])))
+    if file is not None:
+        command = shlex.join(["octavo", *sys.argv[1:]])
+        write(file, page(comparison, choice, numbers.magnitudes, numbers.outliers, command=command, facts=facts))
 
 
 def write(file: str, content: bytes) -> None:
