@@ -2,7 +2,8 @@
 
 The weight is kept as a matrix whose rows are the output channels, whatever shape the float layer gave it, so that a
 granularity means the same everywhere: ``PerChannel(0)`` is a scale an output channel, ``PerGroup(64)`` one for 64
-numbers that are summed together. Inference only: gradients do not flow through codes.
+numbers that are summed together. Inference only: gradients do not flow through codes; where inputs stay floats they
+get theirs.
 """
 
 from abc import abstractmethod

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from octavo import ops
 from octavo.core.layer import TABLES, plan
-from octavo.core.matmul import multiply
+from octavo.core.matmul import full_precision, multiply
 from octavo.core.qtensor import QTensor
 from octavo.core.schemes import Scheme, describe
 from octavo.errors import OctavoError
@@ -87,13 +87,18 @@ class QuantizedLinear(QuantizedLayer):
             has: dict[str, Any] = self._buffers  # quicker than attributes
             weight = ops.Weight(has["codes"], has["scale"], how.rows, how.columns, has["table"])
             if how.numbers is None:
+                if x.requires_grad and torch.is_grad_enabled():
+                    y: Tensor = _WithGradient.apply(x, weight, has["bias"], self)
+                    return y
                 return ops.linear_weight_only(x, weight, has["bias"])
+            x = x.detach() if x.requires_grad else x
             scales = (has["input_table"], has["input_scale"], has["input_zero_point"])
             settings = (how.affine, how.power_of_two)
             return ops.linear(x, weight, has["bias"], how.group, how.numbers, *scales, *settings)
         if self.scheme.input is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return F.linear(x, self.quantized_weight.dequantize(x.dtype), bias)
+            with full_precision(x.device.type):
+                return F.linear(x, self.quantized_weight.dequantize(x.dtype), bias)
         rows = self.quantize_input(x.reshape(x.shape[:-1].numel(), self.in_features))
         y = multiply(rows, self.quantized_weight, self.bias, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -103,6 +108,20 @@ class QuantizedLinear(QuantizedLayer):
         clamp = "" if self.clamp is None else f", clamp={self.clamp}"
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {describe(self.scheme)}{clamp}"
+
+
+class _WithGradient(torch.autograd.Function):
+    """``ops.linear_weight_only`` and its input's gradient, which meets no codes: that of ``x Wᵀ``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: ops.Weight, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return ops.linear_weight_only(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        with full_precision(gradient.device.type):
+            return gradient @ ctx.layer.quantized_weight.dequantize(gradient.dtype), None, None, None
 
 
 @torch.no_grad()

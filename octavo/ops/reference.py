@@ -277,14 +277,15 @@ def linear_weight_only(
         return _no_products(x, n, bias)
     codes, scale = codes.view(torch.uint8), _every_row(scale, rows, n)
     if x.dtype == torch.bfloat16:
-        stretch = min(LONGEST, k, columns if scale.shape[1] > 1 else k)
+        stretch = min(k, columns) if scale.shape[1] > 1 else k
         one, right = torch.ones(1, 1, device=x.device), _along(scale, columns, k, stretch)
         flat = x.reshape(-1, k)
         y: Tensor = torch.ops.octavo.scaled_mm(flat, codes, one, right, stretch, None, table, None, bias, x.dtype)
         return y.view(*x.shape[:-1], n)
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = torch.ops.octavo.decode(codes, table).to(work) * _along(scale, columns, k, 1)
-    return F.linear(x.to(work), weight, None if bias is None else bias.to(work)).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # as in float_mm
+        return F.linear(x.to(work), weight, None if bias is None else bias.to(work)).to(x.dtype)
 
 
 def _every_row(scale: Tensor, rows: int, n: int) -> Tensor:

@@ -212,6 +212,42 @@ def test_autocast_leaves_the_codes_alone():
     assert torch.equal(inside, ours(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["int8-weight-only", "fp8-weight-only"])
+@pytest.mark.filterwarnings("error")
+def test_floats_get_their_gradient(name, dtype):
+    """Few rows, many, and turned ones, which run in different ways: for adapters around a frozen model."""
+    _, ours = make(name, dtype=dtype)
+    for x in (torch.randn(2, 100), torch.randn(2, 8, 100), torch.randn(100, 8).T):
+        x = x.to(dtype).requires_grad_()
+        y = ours(x)
+        assert torch.equal(y, ours(x.detach()))
+        upstream = torch.randn_like(y)
+        (found,) = torch.autograd.grad(y, x, upstream)
+        exact = upstream.double() @ ours.quantized_weight.dequantize(torch.float64)
+        torch.testing.assert_close(found.double(), exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["int8-dynamic", "fp8-block", "llm-int8", "int8-group64"])
+@pytest.mark.filterwarnings("error")
+def test_codes_have_no_gradient(name):
+    _, ours = make(name)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(5, 100, dtype=dtype)
+        y = ours(x.clone().requires_grad_())
+        assert not y.requires_grad
+        assert torch.equal(y, ours(x))
+
+
+def test_one_graph_with_a_gradient():
+    _, ours = make("int8-weight-only")
+    compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 100, requires_grad=True)
+    assert torch.equal(compiled(x), ours(x))
+    found, expected = (torch.autograd.grad(layer(x).sum(), x) for layer in (compiled, ours))
+    assert torch.equal(found[0], expected[0])
+
+
 def test_a_constant_input_scale():
     layer, _ = make()
     scheme = Scheme(Cast("INT8", PerTensor()), Cast("INT8", PerTensor(), ov.Constant(0.05)))

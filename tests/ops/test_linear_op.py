@@ -106,6 +106,25 @@ def test_weight_only(format, dtype):
             assert ((y.double() - truth).abs() <= bound).all()
 
 
+def test_blocks_longer_than_sums_of_integers():
+    q, _, _ = layer("INT8", None, 3, 200_000, granularity=PerGroup(100_000))
+    x = numbers(2, 200_000, dtype=torch.bfloat16)
+    p = plan(q, None)
+    weight = ops.Weight(q.codes, q.scale, p.rows, p.columns, p.table)
+    truth = (x.double() @ q.dequantize(torch.float64).T).bfloat16()
+    for call in (torch.ops.octavo.linear_weight_only, ops.reference.linear_weight_only):
+        torch.testing.assert_close(call(x, *weight, None), truth, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_autocast_leaves_weight_only_alone(rows):
+    q, _, bias = layer("INT8", None, 24, 32)
+    for x in (numbers(rows, 32), numbers(32, rows).T, numbers(rows, 32).double()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = in_one_call(x, q, None, bias)
+        assert torch.equal(inside, in_one_call(x, q, None, bias))
+
+
 def test_shapes_and_strides():
     how = ov.Cast(ov.formats.INT8, PerToken())
     q, _, bias = layer("INT8", None, 24, 32)
