@@ -438,7 +438,13 @@ INLINE AVX512_DOTS void dots(int kind, int coded, int rows, int columns, const P
 }
 
 /* For one row, which takes `COLUMNS` of B at a time, and for up to FEW, which take 4. */
-#define DOTS(NAME, KIND, CODED, COLUMNS)                                                                                  AVX512_DOTS static void NAME##_row(const Product *p, const char *a, int64_t lda, int64_t from, int64_t to) {              for (int64_t j = from; j < to; j += COLUMNS) dots(KIND, CODED, 1, COLUMNS, p, a, lda, j);                         }                                                                                                                     AVX512_DOTS static void NAME(const Product *p, const char *a, int64_t lda, int64_t from, int64_t to) {                    for (int64_t j = from; j < to; j += 4) dots(KIND, CODED, FEW, 4, p, a, lda, j);                                   }
+#define DOTS(NAME, KIND, CODED, COLUMNS)                                                                             \
+    AVX512_DOTS static void NAME##_row(const Product *p, const char *a, int64_t lda, int64_t from, int64_t to) {     \
+        for (int64_t j = from; j < to; j += COLUMNS) dots(KIND, CODED, 1, COLUMNS, p, a, lda, j);                    \
+    }                                                                                                                \
+    AVX512_DOTS static void NAME(const Product *p, const char *a, int64_t lda, int64_t from, int64_t to) {           \
+        for (int64_t j = from; j < to; j += 4) dots(KIND, CODED, FEW, 4, p, a, lda, j);                              \
+    }
 DOTS(dots_of_floats, FLOATS, 0, 16)
 DOTS(dots_of_codes, FLOATS, 1, 8)
 DOTS(dots_of_integers, INTEGERS, 0, 8)
@@ -473,8 +479,9 @@ AVX512_DOTS static void unfold(const Product *p, char *restrict to, int64_t lda)
 /* 0, or 1: there was no memory, a zero point is no code, and sums may exceed 32 bits, or REALS has many rows.
  * `rows`: how A's codes are made, if they are not there yet; they have scales of their own. */
 int octavo_product(const Product *p, const Rows *rows, int isa, int threads) {
-    const int64_t work = p->m * p->n * p->k, zeros = p->zeros && !rows ? p->m * p->left_row : 0;
-    for (int64_t i = 0; i < zeros || (p->zeros && !rows && i == 0); i++)
+    const int64_t work = p->m * p->n * p->k;
+    const int64_t zeros = p->zeros && !rows ? (p->left_row ? p->m : 1) * ((stretches_of(p) - 1) / p->left_span + 1) : 0;
+    for (int64_t i = 0; i < zeros; i++)
         if (p->zeros[i] != (p->flip ? (int8_t)p->zeros[i] : (uint8_t)p->zeros[i])) return 1;
     if (p->m <= FEW) {
         const int64_t lda = (p->k * (p->kind == REALS ? 4 : 2) + 63) / 64 * 64, lots = (p->n + LOT - 1) / LOT;

@@ -57,9 +57,10 @@ void octavo_scale_sums(const void *sums, int integers, const float *left, const 
 
 #if defined(__x86_64__)
 /* Integer codes by the scale's reciprocal, which is off by less than 2^-13 where codes do not saturate; quotients that
- * near a tie are divided. */
+ * near a tie are divided. 0 where that does not hold. */
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" WIDE))) static int integers_by_reciprocal(
     const float *restrict x, uint8_t *restrict y, int64_t n, float scale, float zero, const Rows *r) {
+    if (scale < 0x1p-126f || scale > 0x1p125f || fabsf(zero) > 256) return 0; /* given ones may be anything */
     const __m512 inverse = _mm512_set1_ps(1 / scale), tie = _mm512_set1_ps(0.5f - 0x1p-13f);
     const __m512 low = _mm512_set1_ps(r->low), high = _mm512_set1_ps(r->high), offset = _mm512_set1_ps(zero);
     for (int64_t i = 0; i < n; i += 16) {

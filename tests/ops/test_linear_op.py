@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,6 +105,22 @@ def test_weight_only(format, dtype):
             slack = exact.abs() @ weight.abs().T + bias.abs().double()
             bound = (k + 8) * 2.0**-24 * slack + torch.finfo(dtype).eps * truth.abs() / 2 + torch.finfo(dtype).tiny
             assert ((y.double() - truth).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("value", [1e-40, 2.0**-127, 0.0, float("inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("point", [0, 3, -128, 5000, -100_000])
+def test_given_scales_of_any_size(value, point):
+    """Written out in numpy: a quotient is a quotient, also where the scale has no reciprocal."""
+    scale, zero = torch.tensor([value]), torch.tensor([point], dtype=torch.int32)
+    how = ov.Cast(ov.formats.INT8, PerTensor(), Static(), affine=True)
+    q, _, _ = layer("INT8", None, 5, 70, False)
+    x = numbers(3, 70) * torch.tensor([[1.0], [2.0**-128], [0.0]])
+    with np.errstate(all="ignore"):
+        codes = np.rint(x.numpy() / np.float32(value)).clip(-8e6, 8e6) + np.float32(point)
+        codes = np.nan_to_num(codes.clip(-128, 127)).astype(np.int64)
+        sums = ((codes - point) @ q.codes.long().numpy().T).astype(np.float32)
+        expected = torch.from_numpy(sums * np.float32(value) * q.scale.numpy().T)
+    torch.testing.assert_close(in_one_call(x, q, how, None, scale, zero), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_blocks_longer_than_sums_of_integers():
