@@ -41,7 +41,11 @@ def test_sections_merge(small, monkeypatch):
     told, page = run(monkeypatch, small, "model", "others", "compiled")
     assert told["casts"] == kept
     assert told["gemm"]["targets"][0]["measured"] > 0
-    by = {target["what"]: target["measured"] for name in ("model", "others", "compiled") for target in told[name]["targets"]}
+    by = {
+        target["what"]: target["measured"]
+        for name in ("model", "others", "compiled")
+        for target in told[name]["targets"]
+    }
     assert by["int8-dynamic, prefill, to BF16"] > 0
     assert by["int8-dynamic, decode, to torchao int8-dynamic"] is None
     assert by["int8-dynamic, compiled, prefill, to BF16, compiled"] > 0
