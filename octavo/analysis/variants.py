@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from octavo.analysis.comparison import Candidate
 from octavo.core import schemes
-from octavo.nn.layer import QuantizedLayer
+from octavo.nn.layer import QuantizedLayer, tables_of
 from octavo.nn.swap import Layer
 from octavo.ptq.quantize import quantize_
 from octavo.ptq.rules import Rule
@@ -60,7 +60,7 @@ class Variant(nn.Module):
     @property
     def bytes(self) -> int:
         """Of the 8-bit layer; a smoothing scale goes into the norm and takes none."""
-        return sum(t.nbytes for t in self.layer.buffers())
+        return sum(t.nbytes for t in self.layer.buffers() if id(t) not in tables_of(self.layer))
 
     @property
     def weight(self) -> Tensor:

@@ -66,6 +66,7 @@ class _Run(threading.Thread):
     def __init__(self, number: int, call: Callable[[], Any], reports: "SimpleQueue[_Run]", answer: Answer) -> None:
         super().__init__(name=f"octavo run {number}", daemon=True)
         self.number, self.call, self.reports, self.answer = number, call, reports, answer
+        self.workers = torch.get_num_threads()
         self.proceed: SimpleQueue[bool] = SimpleQueue()
         self.place: str | None = None  # the layer it waits at, and what it calls it with
         self.given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -74,7 +75,8 @@ class _Run(threading.Thread):
     def run(self) -> None:
         """The thread's work."""
         try:
-            with torch.no_grad():  # every thread has a mode of its own
+            torch.set_num_threads(self.workers)  # every thread has a number of its own, and sums depend on it
+            with torch.no_grad():  # and a mode
                 self.call()
         except BaseException as error:  # raised again where somebody hears it
             self.error = error
