@@ -29,7 +29,7 @@ from octavo.core.granularity import expand_blocks
 from octavo.core.qtensor import QTensor
 from octavo.errors import OctavoError
 
-LONGEST = 1 << 16  # integers at a time: 2**16 · 128² < 2**31, so no int32 sum overflows
+LONGEST = ops.schema.LONGEST  # integers at a time
 
 
 def matmul(

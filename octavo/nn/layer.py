@@ -20,14 +20,8 @@ from octavo.core.qtensor import QTensor
 from octavo.core.schemes import Scheme, describe
 from octavo.errors import OctavoError
 
-KEPT = (
-    "codes",
-    "scale",
-    "zero_point",
-    "input_scale",
-    "input_zero_point",
-    *TABLES,
-)  # ``Module.to(dtype)`` must not touch these
+# what ``Module.to(dtype)`` must not touch
+KEPT = ("codes", "scale", "zero_point", "input_scale", "input_zero_point", *TABLES)
 
 
 class QuantizedLayer(nn.Module):

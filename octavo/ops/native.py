@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from octavo.ops.schema import OVERFLOWS, ROUNDINGS, RowFormat
+from octavo.ops.schema import LONGEST, OVERFLOWS, ROUNDINGS, RowFormat
 
 FOLDER = Path(__file__).parent
 LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # sources, and the flags of their own
@@ -44,7 +44,6 @@ COMPILERS = {".c": ("CC", "cc", "gcc", "clang"), ".cpp": ("CXX", "c++", "g++", "
 FLAGS = ("-O3", "-fPIC", "-fno-trapping-math")  # floats only convert: traps are of no interest
 INSTRUCTION_SETS = ("scalar", "AVX2", "AVX-512", "AVX-512 BF16")  # by octavo_isa()'s numbers
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)  # by common.h's numbers
-LONGEST = 1 << 16  # integers: 2**16 · 255 · 128 < 2**31, so no int32 sum overflows
 SIGN = 1 << 31
 INFINITY = 0x7F800000
 NAN = 0x7FC00000

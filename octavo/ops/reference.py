@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.ops.schema import LIBRARY, SumGrid, code_dtype
+from octavo.ops.schema import LIBRARY, LONGEST, SumGrid, code_dtype
 
 
 def pow2(exponent: Tensor) -> Tensor:
@@ -220,9 +220,6 @@ def scaled_mm(
         part = torch.ops.octavo.scale_sums(part, scale, other, None, torch.float32)
         total = part if start == 0 else total.add_(part)
     return (total if bias is None else total + bias.float()).to(dtype)
-
-
-LONGEST = 1 << 16  # integers at a time: 2**16 · 255 · 128 < 2**31, so no int32 sum overflows
 
 
 def linear(

@@ -22,6 +22,10 @@ Overflow = Literal["saturate", "inf", "nan"]
 OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 
 
+#: Integers that are summed at a time: 2**16 · 255 · 128 < 2**31, so no int32 sum overflows.
+LONGEST = 1 << 16
+
+
 class SumGrid(NamedTuple):
     """The numbers an accumulator can hold: ``mantissa`` (at most 23) and ``emin`` as above, ±``high`` the largest.
 
@@ -347,7 +351,8 @@ class Weight(NamedTuple):
     """A layer's weight [N, K] as the operators below take it.
 
     ``codes`` are bytes; ``scale`` is float32 with one number for every block of ``rows`` × ``columns``, ``table`` the
-    bfloat16 that each of 256 codes stands for, or None for int8 that is to be multiplied as integers.
+    bfloat16 that each of 256 codes stands for (int8 codes: themselves), or None for int8 that is to be multiplied as
+    integers.
     """
 
     codes: Tensor
