@@ -54,7 +54,9 @@ class Choice:
     ``verdict``: a sentence for people. ``engine``, ``objective``: for what it was chosen. ``budget``: the largest
     increase of the loss allowed. ``loss``: the float model's, ``increase`` the mix's above it, measured on the search's
     data, ``error`` that increase's standard error; ``predicted``: what the sum of the layers' costs foretold.
-    ``bytes``, ``seconds``: of the quantizable layers before and after. ``costliest``: the layers that cost most.
+    ``bytes``, ``seconds``: of the quantizable layers before and after. ``pace``: seconds of the whole model for the
+    search's largest batch, measured in turns before and after, where it runs here. ``costliest``: the layers that cost
+    most.
     """
 
     rules: tuple[Rule, ...]
@@ -75,6 +77,8 @@ class Choice:
     steps: tuple[Step, ...]
     decisions: tuple[Decision, ...]
     costliest: tuple[str, ...] = ()
+    pace_before: float | None = None
+    pace_after: float | None = None
     notes: tuple[str, ...] = ()
 
     @property

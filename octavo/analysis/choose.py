@@ -4,15 +4,19 @@
 best mix by their sum is a knapsack (``knapsack``), as in HAWQ-V3 (2011.10680). Nearly: errors of different layers meet.
 So every mix that the sum proposes is built with ``quantize_`` and measured on the search's data. Where the truth is
 above the budget the sum gets less to spend, where it is below more, until the two meet. What is given back was
-measured, never only foretold. At last the mix is tried with weights rounded by data, where that helps.
+measured, never only foretold. The first mix is tried with weights rounded by data as well; if that helps, all are.
 
-The budget is kept by the measured increase plus its standard error: a mix that only seems to keep it, by luck of the
-sample, is not taken.
+A loss may grow less by the luck of the sample, a divergence cannot. And of a language model whose predictions are right
+on average the increase of the loss to be expected *is* the divergence, which scatters far less. So a mix keeps the
+budget if both do; by other losses, if the increase and its standard error together do.
+
+Times are measured, and so they scatter: two times of one layer that differ by less than the spread of their runs count
+as equal, and then the fewer bytes decide. So noise leaves no layer in float.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -23,6 +27,7 @@ from octavo.analysis import engines, knapsack
 from octavo.analysis.choice import Choice, Decision, Objective, Step
 from octavo.analysis.compare import Table, compared
 from octavo.analysis.comparison import AS_IT_IS, Candidate, Cell, Comparison
+from octavo.analysis.groups import Unit, Way, joined, ways
 from octavo.analysis.judge import Loss, Shift
 from octavo.analysis.knapsack import Option
 from octavo.analysis.rule_writing import rules_for
@@ -37,6 +42,7 @@ STEPS = 8  # mixes that are measured
 NEAR = 0.85  # a mix that uses this much of the budget is near enough to the best
 SMALLER = 1e-3  # how much the other objective counts, where the first says nothing
 FLOAT = Candidate(None)
+GPTQ = "weights rounded by data (gptq)"
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Mix:
     predicted: float
     shift: Shift
     rules: tuple[Rule, ...]
+    pace: tuple[float, float] | None = None  # seconds of the model and of this mix for the largest batch
 
     @property
     def increase(self) -> float:
@@ -56,8 +63,12 @@ class Mix:
 
     @property
     def bound(self) -> float:
-        """The increase, and as much again as it may be wrong by."""
-        return self.increase + self.shift.error
+        """What has to be within the budget: the increase or, if that is more, what makes sure that it is no luck."""
+        if self.shift.increase is None:
+            return self.increase
+        if self.shift.distance is None:
+            return self.increase + self.shift.error
+        return max(self.increase, self.shift.distance)
 
 
 def choose(
@@ -85,8 +96,8 @@ def choose(
     ``bytes``. ``engine``: here, vllm, transformers, onnx or llama.cpp, on ``hardware`` (a GPU's name); it restricts the
     candidates. ``candidates``: others than the engine's; None among them leaves a layer as it is, and if there are some
     without None, every layer gets one of them. ``comparison``: what ``compare`` found for them before; else cells are
-    measured on ``cells_on`` batches. ``rounding``: try at the end weights rounded by ``calibration``'s data, if there
-    is some: what is fitted to data must not be judged by it.
+    measured on ``cells_on`` batches. ``rounding``: try weights rounded by ``calibration``'s data, if there is some:
+    what is fitted to data must not be judged by it.
 
     A budget that no mix keeps gives a ``Choice`` with ``met=False``, the best that was found. Raises ``OctavoError``
     for what ``compare`` refuses, and for an engine or candidates that leave nothing to choose.
@@ -101,8 +112,8 @@ def choose(
     engines.runnable(runs, table.layers, table.candidates)
     if comparison is None:
         comparison = compared(table, track=track)
-    search = _Search(table, comparison, runs, objective, max_loss_increase, floats)
-    return search.choice(rounding, track)
+    rounding = rounding and table.calibration is not table.batches
+    return _Search(table, comparison, runs, objective, max_loss_increase, floats, rounding).choice(track)
 
 
 class _Search:
@@ -116,59 +127,56 @@ class _Search:
         objective: Objective,
         budget: float,
         floats: bool,
+        rounding: bool,
     ) -> None:
         self.table, self.comparison, self.engine = table, comparison, engine
         self.objective, self.budget, self.floats = objective, budget, floats
+        self.rounding = rounding  # weights by data: to be tried, and later whether it helps
         self.candidates = table.candidates
         self.named = {candidate.name: candidate for candidate in self.candidates}
         self.cells = {(cell.layer, cell.candidate): cell for cell in comparison.cells}
         self.runs = {layer.name: max(1, layer.calls) for layer in comparison.layers}
         self.layers = table.layers
-        for layer, name in product((layer.name for layer in table.layers), self.named):
+        self.by_name = {layer.name: layer for layer in self.layers}
+        for layer, name in product(self.by_name, self.named):
             if (layer, name) not in self.cells:
                 raise OctavoError(f"the comparison is another one: it does not know {layer} under {name}")
+        self.times = {name: _evened([self.cells[name, c] for c in self.named]) for name in self.by_name}
         self.groups = self._groups()
         self.options = [self._options(group) for group in self.groups]
         self.notes = list(table.notes)
         self.steps: list[Step] = []
 
-    def choice(self, rounding: bool, track: Track | None) -> Choice:
+    def choice(self, track: Track | None) -> Choice:
         """Search, and say what was found."""
-        best, met = self._search(track)
-        if rounding and self.table.calibration is not self.table.batches and any(rule.scheme for rule in best.rules):
-            best, met = self._rounded(best, met)
-        return self._told(best, met)
+        return self._told(*self._search(track))
 
-    def _groups(self) -> list[list[Layer]]:
-        """Layers that must get the same: those that the engine stacks, and those that are smoothed together."""
-        together: list[set[str]] = []
-        if self.engine.stacked:
-            together += [set(names) for names in stacks.siblings(layer.name for layer in self.layers)]
-        if any(candidate.smooth is not None for candidate in self.candidates):
-            from octavo.ptq import pairs
+    def _groups(self) -> list[list[Unit]]:
+        """Units of layers that the engine runs as one, and groups of those that are smoothed together."""
+        stacked = stacks.siblings(self.by_name) if self.engine.stacked else []
+        units = joined(self.by_name, stacked)
+        groups = joined(self.by_name, [*units, *(pair.readers for pair in self.table.smoothing.pairs)])
+        return [[unit for unit in units if unit[0] in group] for group in groups]
 
-            found = pairs.find(self.table.model, self.table.batches[0], self.table.call)[0]
-            together += [set(pair.readers) for pair in found]
-        group_of: dict[str, list[Layer]] = {layer.name: [layer] for layer in self.layers}
-        for names in together:
-            merged = list(dict.fromkeys(x for name in names if name in group_of for x in group_of[name]))
-            merged.sort(key=self.layers.index)
-            for layer in merged:
-                group_of[layer.name] = merged
-        return list({id(group): group for group in group_of.values()}.values())
+    def _options(self, group: list[Unit]) -> list[Way]:
+        """What may become of a group, the cheapest first; it stays as it is if nothing of what is wanted fits it."""
+        found = ways(group, self._offers)
+        if not found:
+            cells = [self._cell(self.by_name[name], FLOAT) for unit in group for name in unit]
+            found = [Way((FLOAT,) * len(group), Option(0.0, self._weight(cells)))]
+        return found
 
-    def _options(self, group: list[Layer]) -> list[tuple[Candidate, Option]]:
-        """What may become of a group, the cheapest first."""
+    def _offers(self, unit: Unit) -> list[tuple[Candidate, Option]]:
+        """What may become of layers that get one candidate."""
         found = []
         for candidate in self.candidates:
-            cells = [self._cell(layer, candidate) for layer in group]
+            cells = [self._cell(self.by_name[name], candidate) for name in unit]
             if any(cell.excluded for cell in cells) or (candidate == FLOAT and not self.floats):
                 continue
-            found.append((candidate, Option(sum(max(0.0, cell.cost) for cell in cells), self._weight(group, cells))))
-        if not found:  # nothing of what is wanted fits this group: it stays as it is
-            cells = [self._cell(layer, FLOAT) for layer in group]
-            found.append((FLOAT, Option(0.0, self._weight(group, cells))))
-        return sorted(found, key=lambda option: option[1].cost)
+            found.append((candidate, Option(sum(max(0.0, cell.cost) for cell in cells), self._weight(cells))))
+        if not found:
+            found.append((FLOAT, Option(0.0, self._weight([self._cell(self.by_name[name], FLOAT) for name in unit]))))
+        return found
 
     def _cell(self, layer: Layer, candidate: Candidate) -> Cell:
         cell = self.cells[layer.name, candidate.name]
@@ -177,30 +185,33 @@ class _Search:
             return cell if why is None else replace(cell, excluded=why)
         return cell
 
-    def _weight(self, group: Sequence[Layer], cells: Sequence[Cell]) -> float:
-        """What a group takes of the objective, in shares of all layers as they are; a little of the other's."""
-        time = self._seconds(group, cells) / self._total(self._seconds)
-        size = self._bytes(group, cells) / self._total(self._bytes)
+    def _weight(self, cells: Sequence[Cell]) -> float:
+        """What layers take of the objective, in shares of all layers as they are; a little of the other's."""
+        time = self._seconds(cells, self.times) / self._total(self._seconds)
+        size = self._bytes(cells) / self._total(self._bytes)
         return time + SMALLER * size if self.objective == "time" else size + SMALLER * time
 
-    def _total(self, of: Any) -> float:
-        return float(of(self.layers, [self.cells[layer.name, AS_IT_IS] for layer in self.layers])) or 1.0
+    def _total(self, of: Callable[[Sequence[Cell]], float]) -> float:
+        return of([self.cells[name, AS_IT_IS] for name in self.by_name]) or 1.0
 
-    def _seconds(self, group: Sequence[Layer], cells: Sequence[Cell]) -> float:
+    def _seconds(self, cells: Sequence[Cell], times: Mapping[str, Mapping[str, float]] | None = None) -> float:
         """Seconds measured here, or, for another engine, multiplications times what its formats take."""
         total = 0.0
-        for layer, cell in zip(group, cells, strict=True):
+        for cell in cells:
             rate = self.engine.rate(self.named[cell.candidate].scheme)
-            once = (cell.seconds or 0.0) if rate is None else rate * layer.weight.numel()
-            total += once * self.runs[layer.name]
+            if rate is not None:
+                once = rate * self.by_name[cell.layer].weight.numel()
+            else:
+                once = (cell.seconds or 0.0) if times is None else times[cell.layer].get(cell.candidate, 0.0)
+            total += once * self.runs[cell.layer]
         return total
 
-    def _bytes(self, group: Sequence[Layer], cells: Sequence[Cell]) -> float:
+    def _bytes(self, cells: Sequence[Cell]) -> float:
         return float(sum(cell.bytes or 0 for cell in cells))
 
     def _search(self, track: Track | None) -> tuple[Mix, bool]:
         """The lightest measured mix within the budget; else the one that comes nearest."""
-        bare = [[option for _, option in options] for options in self.options]
+        bare = [[way.option for way in options] for options in self.options]
         spend, low, high = self.budget, 0.0, math.inf
         found: dict[tuple[int, ...], Mix] = {}
         best: Mix | None = None
@@ -228,7 +239,7 @@ class _Search:
     @property
     def _least(self) -> float:
         """The weight of the lightest mix that there is, at any cost."""
-        return sum(min(option.weight for _, option in options) for options in self.options)
+        return sum(min(way.option.weight for way in options) for options in self.options)
 
     def _done(self, mix: Mix, known: bool, low: float, high: float) -> bool:
         within = mix.bound <= self.budget
@@ -248,30 +259,38 @@ class _Search:
     def _nearest(self, found: Iterable[Mix]) -> Mix:
         """Of mixes with something quantized the one that costs least, and what costs least by the sum."""
         cheapest = tuple(
-            next((at for at, (candidate, _) in enumerate(options) if candidate.scheme), 0) for options in self.options
+            next((at for at, way in enumerate(options) if any(c.scheme for c in way.candidates)), 0)
+            for options in self.options
         )
         known = [mix for mix in found if any(rule.scheme for rule in mix.rules)]
         if not any(mix.taken == cheapest for mix in known):
             known.append(self._measured(cheapest, "all layers, the cheapest scheme for each"))
         return min(known, key=lambda mix: mix.bound)
 
-    def _rounded(self, best: Mix, met: bool) -> tuple[Mix, bool]:
-        """The mix with weights rounded by data, if its results are nearer then."""
-        rules = tuple(rule if rule.scheme is None else replace(rule, rounding="gptq") for rule in best.rules)
-        mix = self._measured(best.taken, "the same, weights rounded by data (gptq)", rules)
-        nearer = (
-            mix.bound < best.bound if mix.shift.distance is None else mix.shift.distance < (best.shift.distance or 0)
-        )
-        within = mix.bound <= self.budget
-        return (mix, within) if nearer and (within or not met) else (best, met)
+    def _measured(self, taken: tuple[int, ...], what: str) -> Mix:
+        """A mix as it will be: with weights rounded by data if that helps, which the first mix shows."""
+        rules = tuple(rules_for(self.table.model, self.layers, self._decided(taken)))
+        if not self.rounding or all(rule.scheme is None for rule in rules):
+            return self._judged(taken, what, rules)
+        by_data = tuple(rule if rule.scheme is None else replace(rule, rounding="gptq") for rule in rules)
+        known = any(GPTQ in step.what for step in self.steps)
+        nearest = None if known else self._judged(taken, what, rules)
+        try:
+            mix = self._judged(taken, f"{what}, {GPTQ}" if known else f"the same, {GPTQ}", by_data)
+        except OctavoError as error:
+            self.notes.append(f"weights are rounded to the nearest: {error}")
+            mix = self._judged(taken, what, rules) if nearest is None else nearest
+        if nearest is not None and not _nearer(mix, nearest):
+            self.rounding, mix = False, nearest
+        return mix
 
-    def _measured(self, taken: tuple[int, ...], what: str, rules: tuple[Rule, ...] | None = None) -> Mix:
-        decided = self._decided(taken)
-        rules = rules or tuple(rules_for(self.table.model, self.layers, decided))
-        predicted = sum(options[at][1].cost for at, options in zip(taken, self.options, strict=True))
-        nothing = all(rule.scheme is None for rule in rules)
-        shift = Shift(1, 0.0, 0.0, 0.0) if nothing else self.table.shift(self.table.mix(rules))
-        mix = Mix(taken, predicted, shift, rules)
+    def _judged(self, taken: tuple[int, ...], what: str, rules: tuple[Rule, ...]) -> Mix:
+        predicted = sum(options[at].option.cost for at, options in zip(taken, self.options, strict=True))
+        shift, pace = Shift(1, 0.0, 0.0, 0.0), None
+        if any(rule.scheme for rule in rules):
+            model = self.table.mix(rules)
+            shift, pace = self.table.shift(model), self.table.pace(model)
+        mix = Mix(taken, predicted, shift, rules, pace)
         self.steps.append(
             Step(
                 what=what,
@@ -279,8 +298,8 @@ class _Search:
                 loss=mix.increase,
                 divergence=shift.distance,
                 error=shift.error,
-                bytes=int(self._of_mix(mix, self._bytes)),
-                seconds=self._of_mix(mix, self._seconds) if self.engine.row is None else None,
+                bytes=int(self._bytes(self._cells_of(mix))),
+                seconds=self._seconds(self._cells_of(mix)) if self.engine.row is None else None,
                 within=mix.bound <= self.budget,
             )
         )
@@ -288,22 +307,23 @@ class _Search:
 
     def _decided(self, taken: Sequence[int]) -> dict[str, Candidate]:
         return {
-            layer.name: options[at][0]
+            name: candidate
             for group, options, at in zip(self.groups, self.options, taken, strict=True)
-            for layer in group
+            for unit, candidate in zip(group, options[at].candidates, strict=True)
+            for name in unit
         }
 
     def _of(self, mix: Mix) -> float:
-        return sum(options[at][1].weight for at, options in zip(mix.taken, self.options, strict=True))
+        return sum(options[at].option.weight for at, options in zip(mix.taken, self.options, strict=True))
 
-    def _of_mix(self, mix: Mix, of: Any) -> float:
+    def _cells_of(self, mix: Mix) -> list[Cell]:
         decided = self._decided(mix.taken)
-        return float(of(self.layers, [self.cells[x.name, decided[x.name].name] for x in self.layers]))
+        return [self.cells[name, decided[name].name] for name in self.by_name]
 
     def _told(self, best: Mix, met: bool) -> Choice:
         decided = self._decided(best.taken)
         here = self.engine.row is None
-        before = [self.cells[layer.name, AS_IT_IS] for layer in self.layers]
+        before, after = [self.cells[name, AS_IT_IS] for name in self.by_name], self._cells_of(best)
         decisions = tuple(self._decision(layer, decided[layer.name]) for layer in self.layers)
         costliest = sorted((d for d in decisions if d.candidate != AS_IT_IS), key=lambda d: -d.cost)
         choice = Choice(
@@ -318,10 +338,12 @@ class _Search:
             error=best.shift.error,
             predicted=best.predicted,
             divergence=best.shift.distance,
-            bytes_before=int(self._bytes(self.layers, before)),
-            bytes_after=int(self._of_mix(best, self._bytes)),
-            seconds_before=self._seconds(self.layers, before) if here else None,
-            seconds_after=self._of_mix(best, self._seconds) if here else None,
+            bytes_before=int(self._bytes(before)),
+            bytes_after=int(self._bytes(after)),
+            seconds_before=self._seconds(before) if here else None,
+            seconds_after=self._seconds(after) if here else None,
+            pace_before=best.pace[0] if best.pace and here else None,
+            pace_after=best.pace[1] if best.pace and here else None,
             steps=tuple(self.steps),
             decisions=decisions,
             costliest=tuple(decision.layer for decision in costliest[:5]),
@@ -349,7 +371,7 @@ class _Search:
         possible = [cell for cell in others if cell.excluded is None]
         if not any(cell.candidate != AS_IT_IS for cell in possible):
             return f"it stays: {next((cell.excluded for cell in others if cell.excluded), 'nothing suits it')}"
-        lightest = min(possible, key=lambda cell: self._weight([layer], [cell]))
+        lightest = min(possible, key=lambda cell: self._weight([cell]))
         own = self.cells[layer.name, candidate.name].cost
         if lightest.candidate == candidate.name:
             return f"the {word}, at a cost of {own:.2g}"
@@ -358,6 +380,25 @@ class _Search:
         if self._cell(layer, candidate).excluded is None and lightest.cost <= own:
             return f"as those that it runs with; alone it could be {lightest.candidate}"
         return f"the {word}, {lightest.candidate}, would cost {lightest.cost:.2g} of {self.budget:.2g}, this {own:.2g}"
+
+
+def _nearer(mix: Mix, other: Mix) -> bool:
+    """Whether a mix's results are nearer to the model's than another's."""
+    if mix.shift.distance is None or other.shift.distance is None:
+        return mix.bound < other.bound
+    return mix.shift.distance < other.shift.distance
+
+
+def _evened(cells: Iterable[Cell]) -> dict[str, float]:
+    """By candidate one layer's times; those that differ by less than their spread are the same."""
+    known = sorted((cell.seconds, cell.spread or 0.0, cell.candidate) for cell in cells if cell.seconds is not None)
+    found: dict[str, float] = {}
+    first, slack = 0.0, 0.0
+    for seconds, spread, candidate in known:
+        if seconds > first * (1 + max(slack, spread)):
+            first, slack = seconds, spread
+        found[candidate] = first
+    return found
 
 
 def verdict(choice: Choice, perplexity: bool, noise: bool = False) -> str:

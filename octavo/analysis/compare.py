@@ -15,16 +15,19 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from octavo.analysis import machine, variants
 from octavo.analysis.comparison import Candidate, Cell, ComparedLayer, Comparison, Outcome
 from octavo.analysis.judge import Judge, Loss, Shift, judge_for
 from octavo.analysis.replay import Recording
-from octavo.analysis.variants import Variant
+from octavo.analysis.variants import Timing, Variant
 from octavo.calibration.batches import Call, Track, eagerly, enter, evaluating, several
 from octavo.core import schemes
 from octavo.core.cast import sqnr
@@ -34,9 +37,11 @@ from octavo.nn import swap
 from octavo.nn.swap import Layer
 from octavo.ptq.quantize import model_bytes, quantize_
 from octavo.ptq.rules import Rule, output_heads
+from octavo.ptq.smooth import Foreseen, foresee
 
 SCHEMES: tuple[str, ...] = ("int8-dynamic", "fp8-dynamic", "int8-group64", "e3m4-int8-group64", "int8-weight-only")
 AS_IT_IS = Candidate(None)
+TURNS = 3  # runs of a whole model that are timed
 
 
 def compare(
@@ -118,7 +123,6 @@ class Table:
         modules = [layer.module for layer in self.layers]
         self.recordings: list[Recording] = []
         self.references: list[Any] = []
-        self.seconds = math.inf  # of the largest batch, the fastest of its runs
         with running(model):
             for batch in self.batches[: cells_on or len(self.batches)]:
                 recording = Recording(model, batch, modules, call)
@@ -146,27 +150,24 @@ class Table:
     def cells(self, track: Track | None = None) -> tuple[list[ComparedLayer], list[Cell]]:
         """Every layer under every candidate."""
         layers, cells = [], []
-        unsmoothable = self._unsmoothable()
         clock = _Clock()
         with running(self.model):
             for layer in _tracked(self.layers, track, True, "comparing layers"):
                 shapes = [r.shapes[layer.module] for r in self.recordings if layer.module in r.shapes]
                 shape = max(shapes, key=lambda s: torch.Size(s).numel(), default=())
                 calls = sum(recording.calls.get(layer.module, 0) for recording in self.recordings)
-                found = self._row(layer, calls, unsmoothable, clock, shape)
+                found = self._row(layer, calls, clock, shape)
                 layers.append(self._described(layer, calls, shape, clock))
                 cells += found
         return layers, cells
 
-    def _row(
-        self, layer: Layer, calls: int, unsmoothable: Mapping[str, str], clock: "_Clock", shape: tuple[int, ...]
-    ) -> list[Cell]:
+    def _row(self, layer: Layer, calls: int, clock: "_Clock", shape: tuple[int, ...]) -> list[Cell]:
         cells = []
-        needed = calls and any(variants.looks_at_data(c) for c in self.candidates)
+        needed = calls and any(variants.looks_at_inputs(c) for c in self.candidates)
         inputs = [x for recording in self.recordings for x in recording.inputs(layer.module)] if needed else []
         made: dict[str, Variant] = {}
         for candidate in self.candidates:
-            why = variants.unsuitable(layer, candidate, unsmoothable)
+            why = variants.unsuitable(layer, candidate, self.smoothing.left)
             why = why or ("no data reached it" if not calls else None)
             if candidate.scheme is None:
                 cells.append(Cell(layer.name, candidate.name, math.inf, math.inf, 0.0, 0.0, layer.nbytes))
@@ -174,7 +175,7 @@ class Table:
                 cells.append(Cell(layer.name, candidate.name, excluded=why))
             else:
                 try:
-                    made[candidate.name] = Variant(layer, candidate, inputs)
+                    made[candidate.name] = Variant(layer, candidate, inputs, self._scale(layer, candidate))
                 except OctavoError as error:
                     cells.append(Cell(layer.name, candidate.name, excluded=str(error)))
                 else:
@@ -206,7 +207,7 @@ class Table:
 
     def _described(self, layer: Layer, calls: int, shape: tuple[int, ...], clock: "_Clock") -> ComparedLayer:
         rows, columns = layer.matrix.shape
-        count = torch.Size(shape).numel()
+        count, timing = torch.Size(shape).numel(), clock.of(layer, AS_IT_IS.name, shape)
         convolution = layer.weight.ndim > 2  # a row a position; strides and padding left aside
         tokens = count // max(1, layer.weight.shape[1] if convolution else columns)
         return ComparedLayer(
@@ -218,29 +219,38 @@ class Table:
             bytes=layer.nbytes,
             calls=calls,
             rows=tokens if calls else 0,
-            seconds=clock.of(layer, AS_IT_IS.name, shape),
+            seconds=None if timing is None else timing.seconds,
         )
 
-    def _unsmoothable(self) -> dict[str, str]:
-        if all(candidate.smooth is None for candidate in self.candidates):
-            return {}
-        from octavo.ptq import pairs
+    @cached_property
+    def smoothing(self) -> Foreseen:
+        """What smoothing would do under any of the candidates, looked up once for all cells and mixes."""
+        alphas = [candidate.smooth for candidate in self.candidates if candidate.smooth is not None]
+        if not alphas:
+            return Foreseen((), {}, {})
+        try:
+            return foresee(self.model, self.calibration, alphas, self.call)
+        except OctavoError as error:
+            return Foreseen((), dict.fromkeys((layer.name for layer in self.layers), str(error)), {})
 
-        return pairs.find(self.model, self.batches[0], self.call)[1]
+    def _scale(self, layer: Layer, candidate: Candidate) -> Tensor | None:
+        if candidate.smooth is None:
+            return None
+        if (scale := self.smoothing.scales[candidate.smooth].get(layer.name)) is None:
+            raise OctavoError("it cannot be smoothed: it is no linear layer")
+        return scale
 
     def outcome(self, candidate: Candidate) -> Outcome:
         """The whole model under one candidate."""
         if candidate.scheme is None:
-            shift, seconds = self._measure(self.model)
-            self.seconds = min(self.seconds, seconds)
-            size = model_bytes(self.model)
+            seconds, size = min(self.pace(self.model)), model_bytes(self.model)
             return Outcome(candidate.name, self.loss, self.perplexity(self.loss), 0.0, 0.0, size, seconds)
         rule = Rule(candidate.scheme, smooth=candidate.smooth, rounding=candidate.rounding)
         try:
             mix = self.mix([rule])
         except OctavoError as error:
             return Outcome(candidate.name, excluded=str(error))
-        shift, seconds = self._measure(mix)
+        shift, (_, seconds) = self.shift(mix), self.pace(mix)
         left = tuple(x.name for x in self.layers if mix.get_submodule(x.name).__class__ is type(x.module))
         size = model_bytes(mix)
         if not shift.finite:
@@ -260,24 +270,41 @@ class Table:
 
     def shift(self, mix: nn.Module) -> Shift:
         """How far another model is from this one, on all of the data."""
-        return self._measure(mix)[0]
-
-    def _measure(self, mix: nn.Module) -> tuple[Shift, float]:
-        shift, largest = Shift(), 0.0
+        total = Shift()
         with running(mix):
             for batch, reference in zip(self.batches, self.references, strict=True):
-                began = time.perf_counter()
-                output = enter(mix, batch, self.call)
-                largest = max(largest, time.perf_counter() - began)
-                shift += self.judge.shift(reference, output, batch)
-        return shift, largest
+                total += self.judge.shift(reference, enter(mix, batch, self.call), batch)
+        return total
+
+    def pace(self, mix: nn.Module) -> tuple[float, float]:
+        """Seconds that the model and another take for the largest batch: the fastest of some runs, taking turns."""
+        batch = max(self.batches, key=_numbers)
+        best = [math.inf, math.inf]
+        for _ in range(TURNS):
+            for at, way in enumerate((self.model, mix)):
+                with running(way):
+                    began = time.perf_counter()
+                    enter(way, batch, self.call)
+                    if torch.cuda.is_initialized():
+                        torch.cuda.synchronize()
+                    best[at] = min(best[at], time.perf_counter() - began)
+        return best[0], best[1]
+
+
+def _numbers(batch: Any) -> int:
+    """How many numbers a batch holds."""
+    return sum(
+        leaf.numel()
+        for leaf in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+        if isinstance(leaf, Tensor)
+    )
 
 
 class _Clock:
     """The time of every sort of layer under every candidate, measured when the first of its sort comes by."""
 
     def __init__(self) -> None:
-        self.known: dict[str, dict[str, float]] = {}
+        self.known: dict[str, dict[str, Timing]] = {}
 
     def look(self, layer: Layer, made: Mapping[str, Variant], shape: tuple[int, ...]) -> None:
         """Time the layer as it is and its variants, unless their like has been timed."""
@@ -286,15 +313,16 @@ class _Clock:
         if not shape or not (new or AS_IT_IS.name not in known):
             return
         x = torch.randn(shape, dtype=layer.weight.dtype, device=layer.weight.device)
-        known |= variants.seconds({AS_IT_IS.name: layer.module, **new}, x)
+        known |= variants.timings({AS_IT_IS.name: layer.module, **new}, x)
 
-    def of(self, layer: Layer, candidate: str, shape: tuple[int, ...]) -> float | None:
+    def of(self, layer: Layer, candidate: str, shape: tuple[int, ...]) -> Timing | None:
         """What was measured, if it was."""
         return self.known.get(variants.sort_of(layer, shape), {}).get(candidate)
 
     def timed(self, layer: Layer, cell: Cell, shape: tuple[int, ...]) -> Cell:
         """The cell with its time."""
-        return Cell(**(vars(cell) | {"seconds": self.of(layer, cell.candidate, shape)}))
+        found = self.of(layer, cell.candidate, shape)
+        return cell if found is None else replace(cell, seconds=found.seconds, spread=found.spread)
 
 
 def as_candidates(given: Sequence[Scheme | str | Candidate]) -> tuple[Candidate, ...]:

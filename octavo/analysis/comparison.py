@@ -65,8 +65,9 @@ class Cell:
     """One layer under one candidate (its name), while all others are as they are.
 
     ``weight_sqnr``, ``output_sqnr``: dB, infinite where nothing changed. ``bytes``, ``seconds``: of this layer then, a
-    call of the size that ``ComparedLayer.rows`` says. ``excluded``: in words why the layer cannot or must not run so;
-    then the figures that are not known are None.
+    call of the size that ``ComparedLayer.rows`` says, and the fastest of a few; the usual one took longer by the share
+    ``spread``. ``excluded``: in words why the layer cannot or must not run so; then the figures that are not known are
+    None.
     """
 
     layer: str
@@ -78,6 +79,7 @@ class Cell:
     bytes: int | None = None
     seconds: float | None = None
     excluded: str | None = None
+    spread: float | None = None
 
     @property
     def cost(self) -> float:
@@ -93,7 +95,7 @@ class Outcome:
     """The whole model under one candidate: its loss and perplexity (not their increase), bytes, and seconds.
 
     ``error``: the standard error of the loss's increase. ``seconds``: of one pass over the data's largest batch, the
-    median of a few here. ``left``: layers that the candidate excludes, which stayed as they are.
+    fastest of a few here. ``left``: layers that the candidate excludes, which stayed as they are.
     """
 
     candidate: str

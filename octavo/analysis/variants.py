@@ -1,13 +1,16 @@
 """One layer under a candidate, apart from its model: quantized by ``quantize_`` itself, and how long it takes.
 
 The layer stands alone in a model of its own, whose data is what the layer gets in the real one. So everything that
-``quantize_`` can do (static scales, smoothing, rounding by data, refusals) is done here as it is done there. To be
-smoothed it stands behind a scale a channel, which takes the place of the norm, and shares that with no other reader.
+``quantize_`` can do (static scales, rounding by data, refusals) is done here as it is done there. Smoothed it is by
+scales that are found once for the whole model (``ptq.smooth.foresee``): its weight takes them, and a module before it
+divides its input by them, as the norm would.
 """
 
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,20 +19,21 @@ from torch import Tensor, nn
 from octavo.analysis.comparison import Candidate
 from octavo.core import schemes
 from octavo.nn.layer import QuantizedLayer, tables_of
+from octavo.nn.linear import QuantizedLinear
 from octavo.nn.swap import Layer
 from octavo.ptq.quantize import quantize_
 from octavo.ptq.rules import Rule
 
-REPEATS = 7
+REPEATS = 25
 ENOUGH = 0.3  # seconds that one layer's timing may take, at least one run of each
 
 
 class _Channels(nn.Module):
-    """Each channel times a number of its own, 1 at first."""
+    """Each channel times a number of its own."""
 
-    def __init__(self, like: Tensor, width: int) -> None:
+    def __init__(self, factors: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(like.new_ones(width), requires_grad=False)
+        self.weight = nn.Parameter(factors, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` […, channels]."""
@@ -39,23 +43,26 @@ class _Channels(nn.Module):
 class Variant(nn.Module):
     """A layer under a candidate: ``forward`` stands in for the layer's own. Raises ``OctavoError`` if it cannot be.
 
-    ``inputs``: what the layer gets, for candidates that look at data.
+    ``inputs``: what the layer gets, for candidates that look at data; ``scale`` [in]: what smoothing divides it by.
     """
 
     source: nn.Module | None
     layer: nn.Module
 
-    def __init__(self, layer: Layer, candidate: Candidate, inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self, layer: Layer, candidate: Candidate, inputs: Sequence[Tensor], scale: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.source = None
         self.layer = _apart(layer.module)
-        if candidate.smooth is not None:
+        if scale is not None:
+            self.source = _Channels(1 / scale.to(layer.weight))
             self.layer = copy.deepcopy(self.layer)
-            self.source = _Channels(layer.weight, layer.matrix.shape[1])
-        rule = Rule(candidate.scheme, "layer", smooth=candidate.smooth, rounding=candidate.rounding)
-        data = list(inputs) if looks_at_data(candidate) else None
-        left = () if self.source is None else (Rule(None, "source"),)
-        quantize_(self.eval(), [rule, *left], data)
+            with torch.no_grad():
+                QuantizedLinear.matrix(self.layer).mul_(scale.to(layer.weight))
+        rule = Rule(candidate.scheme, "layer", rounding=candidate.rounding)
+        data = list(inputs) if looks_at_inputs(candidate) else None
+        quantize_(self.eval(), [rule], data)
 
     @property
     def bytes(self) -> int:
@@ -80,14 +87,26 @@ class Variant(nn.Module):
         return self.layer(self.source(*args), **kwargs)
 
 
+def looks_at_inputs(how: Candidate | Rule) -> bool:
+    """Whether this cannot be done without the layer's inputs, once it is smoothed."""
+    return how.rounding != "nearest" or (how.scheme is not None and schemes.get(how.scheme).static)
+
+
 def looks_at_data(how: Candidate | Rule) -> bool:
-    """Whether this cannot be done without the layer's inputs."""
-    static = how.scheme is not None and schemes.get(how.scheme).static
-    return static or how.smooth is not None or how.rounding != "nearest"
+    """Whether this cannot be done to a model without data."""
+    return how.smooth is not None or looks_at_inputs(how)
 
 
-def seconds(ways: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
-    """How long each takes with this input: the fastest of interleaved runs; whatever disturbs one only adds."""
+@dataclass(frozen=True)
+class Timing:
+    """The fastest of a few runs, and by what share of that the usual one, the median, was slower."""
+
+    seconds: float
+    spread: float
+
+
+def timings(ways: Mapping[str, nn.Module], x: Tensor) -> dict[str, Timing]:
+    """How long each takes with this input, in runs that take turns; whatever disturbs one only adds."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     started = time.perf_counter()
     for turn in range(-1, REPEATS):
@@ -100,7 +119,7 @@ def seconds(ways: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
                 times[name].append(time.perf_counter() - began)
         if turn >= 0 and time.perf_counter() - started > ENOUGH * len(ways):
             break
-    return {name: min(found) for name, found in times.items()}
+    return {name: Timing(min(found), median(found) / min(found) - 1) for name, found in times.items()}
 
 
 def sort_of(layer: Layer, shape: tuple[int, ...]) -> str:

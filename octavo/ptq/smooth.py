@@ -24,6 +24,7 @@ from octavo.calibration.minmax import MinMax
 from octavo.calibration.observer import Observer
 from octavo.calibration.run import Calibration
 from octavo.calibration.sample import Sample
+from octavo.core import schemes
 from octavo.core.cast import quantize_unchecked
 from octavo.core.granularity import PerChannel
 from octavo.core.schemes import Scheme
@@ -174,6 +175,42 @@ def _plan(
         reasons = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
         raise OctavoError(f"nothing to smooth: {reasons or 'no layer becomes 8-bit'}")
     return work, {name: left[name] for name in wanted if name in left}
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What smoothing would do: the pairs, why other linear layers are in none, and the scales.
+
+    ``scales``: for each α and each layer by name, what the channels of its input are divided by.
+    """
+
+    pairs: tuple[Pair, ...]
+    left: dict[str, str]
+    scales: dict[float, dict[str, Tensor]]
+
+
+def foresee(model: nn.Module, data: Iterable[Any], alphas: Iterable[float], call: Call | None = None) -> Foreseen:
+    """What ``smooth_`` would do with each α if all linear layers became 8-bit, from one look at model and data.
+
+    Raises ``OctavoError`` for no data, and for NaN in a layer's input.
+    """
+    batches = list(several(data))
+    if not batches:
+        raise OctavoError("the calibration data held no batch; a generator can be read only once")
+    found, left = find(model, batches[0], call)
+    layers = {x.name: x for x in swap.layers(model)}
+    every = dict.fromkeys((name for pair in found for name in pair.readers), (0.5, schemes.INT8_DYNAMIC))
+    seen = _watch(model, [(pair, 0.5) for pair in found], batches, call, None) if found else Calibration({})
+    scales: dict[float, dict[str, Tensor]] = {}
+    for alpha in dict.fromkeys(alphas):
+        work = [_Work(model, pair, alpha, every, layers, seen) for pair in found]
+        for one in work:
+            one.choose_scale()
+        if not scales:  # what can be done with one scale can be with another
+            work = _fit(model, work, batches[0], call, left)
+            found = [one.pair for one in work]
+        scales[alpha] = {name: one.scale for one in work for name in one.pair.readers}
+    return Foreseen(tuple(found), left, scales)
 
 
 def requested(model: nn.Module, rules: Rules, alpha: Alpha | None = None) -> dict[str, tuple[Alpha, Scheme]]:

@@ -45,7 +45,9 @@ def bytes_after(comparison: Comparison, choice: Choice) -> int:
 
 
 def time_after(comparison: Comparison, choice: Choice) -> float | None:
-    """The mix's time as a multiple of the float model's: what its layers save is taken off a whole pass."""
+    """The mix's time as a multiple of the float model's: measured, or a whole pass less what its layers save."""
+    if choice.pace_before and choice.pace_after:
+        return choice.pace_after / choice.pace_before
     base = outcome_of(comparison, AS_IT_IS)
     if choice.seconds_before is None or choice.seconds_after is None or base is None or not base.seconds:
         return None
@@ -80,7 +82,7 @@ def section(comparison: Comparison, choice: Choice | None, unit: Units, order: S
         points += _point(MIX, unit.increase(choice.increase), size, time, "chosen")
         chosen = range(len(rows), len(rows) + 1)
         rows.append([f"★ {MIX}", unit.said(choice.increase, choice.error), megabytes(size), times(time), ""])
-        if time is not None:
+        if time is not None and not choice.pace_after:
             note = " The time of the mix is a whole pass less what its layers save."
     if not rows:
         return ""
