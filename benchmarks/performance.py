@@ -8,6 +8,7 @@ all contenders take turns, so a ratio compares what was measured in the same min
 import argparse
 import inspect
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,8 @@ from benchmarks import streaming
 from benchmarks.measure import markdown
 from octavo.analysis import machine
 from octavo.analysis.bench import language, linear, peers, roofline
-from octavo.analysis.bench.race import Contender, Race, Task, Work, compiling
+from octavo.analysis.bench.race import Contender, Race, Task, Work
+from octavo.analysis.bench.worker import PATIENCE, Children
 from octavo.io.huggingface import open_model
 from octavo.report import speed
 from octavo.report.files import number
@@ -94,9 +96,10 @@ def section(race: Race, targets: Sequence[Target], roof: roofline.Roofline | Non
 def gemm(arguments: argparse.Namespace) -> Section:
     """Linear layers: everything a layer does, beside the bare integer product ``torch._int_mm``."""
     race, shapes = Race(linear.BASELINE), [linear.Shape(rows, *weight) for weight in WEIGHTS for rows in ROWS]
-    for some in linear.by_weight(shapes).values():
-        entered = linear.contenders(some, NAMES) + peers.linear(installed(arguments), some, torch.get_num_threads())
-        race.run(entered, linear.work(some), arguments.repeats or 11, bar)
+    with children(arguments) as apart:
+        for some in linear.by_weight(shapes).values():
+            entered = linear.contenders(some, NAMES) + peers.linear(installed(arguments), some, apart.threads)
+            race.run(apart.apart(entered), linear.work(some), arguments.repeats or 11, bar)
     large = [str(one) for one in shapes if one.rows >= LARGE]
     found = [ratio(race, task, "int8-dynamic", linear.RAW) for task in large]
     worst = None if None in found else min(x for x in found if x is not None)
@@ -137,17 +140,15 @@ def model(arguments: argparse.Namespace) -> Section:
 
 
 def others(arguments: argparse.Namespace) -> Section:
-    """SmolLM2-135M by the installed peers, not compiled, as above.
-
-    Apart, because their pools of threads stay in the process and slow whoever comes after them.
-    """
+    """SmolLM2-135M by the installed peers, not compiled, as above; each in a process of its own."""
     race = Race(linear.BASELINE)
     opened = open_model("demo").model
     task, names = language.prompt(opened), ["int8-dynamic", "int8-weight-only"]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, children(arguments) as apart:
         entered = language.contenders(opened, names, task)
-        entered += peers.language(installed(arguments), opened, task, torch.get_num_threads(), Path(folder))
-        race.run(entered, language.work(task), arguments.repeats or 7, bar)
+        stored = language.Stored.of(opened, Path(folder))
+        entered += peers.language(installed(arguments), stored, task, apart.threads)
+        race.run(apart.apart(entered), language.work(task), arguments.repeats or 7, bar)
     decode = language.DECODE
     found = ratio(race, decode, "int8-dynamic", TORCHAO)
     return section(race, [Target(f"int8-dynamic, {decode}, to {TORCHAO}", 5.0, found)], None)
@@ -156,19 +157,19 @@ def others(arguments: argparse.Namespace) -> Section:
 def compiled(arguments: argparse.Namespace) -> Section:
     """The same under ``torch.compile``, with a static cache for decoding; "head too": the output head in 8 bits.
 
-    Takes half an hour, nearly all of it compilation.
+    All are compiled, one after the other, before the first turn; a minute or two each. Everyone has a process of its
+    own.
     """
     race = Race(f"{linear.BASELINE}, compiled")
     opened = open_model("demo").model
     task = language.prompt(opened)
-    with tempfile.TemporaryDirectory() as folder:
-        entered = [c for c in language.contenders(opened, COMPILED, task, compiled=True) if c.unit != "FP32"]
-        both = language.contenders(opened, COMPILED, task, compiled=True, head=True)
+    with tempfile.TemporaryDirectory() as folder, children(arguments) as apart:
+        stored = language.Stored.of(opened, Path(folder))
+        entered = [one for one in language.compiled(stored, COMPILED, task) if one.unit != "FP32"]
+        both = language.compiled(stored, COMPILED, task, head=True)
         entered += [replace(one, name=f"{one.name}{HEAD}") for one in both if one.name.startswith(COMPILED)]
-        threads = torch.get_num_threads()
-        entered += peers.language(installed(arguments), opened, task, threads, Path(folder), compiled=True)
-        with compiling():
-            race.run(entered, language.work(task), arguments.repeats or 7, bar)
+        entered += peers.language(installed(arguments), stored, task, apart.threads, compiled=True)
+        race.run(apart.apart(entered), language.work(task), arguments.repeats or 7, bar)
     ours, prefill, decode = "int8-dynamic, compiled", language.PREFILL, language.DECODE
 
     def target(doing: str, least: float, to: str, name: str = ours) -> Target:
@@ -233,6 +234,13 @@ def installed(arguments: argparse.Namespace) -> list[str]:
     return [] if arguments.no_peers else [name for name in peers.FILES if peers.get(name).installed]
 
 
+def children(arguments: argparse.Namespace) -> Children:
+    """Processes for those that need their own."""
+    return Children(
+        torch.get_num_threads(), arguments.patience, lambda words: print(words, file=sys.stderr, flush=True)
+    )
+
+
 def bar(items: list[Any], label: str) -> Iterable[Any]:
     """A progress bar on stderr."""
     from rich.console import Console
@@ -276,6 +284,7 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--repeats", type=int, help="turns of every contender")
     parser.add_argument("--no-peers", action="store_true", help="without other libraries")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds that one may take to get ready")
     parser.add_argument("--folder", help="stream: where there is room for three times the checkpoint")
     parser.add_argument("--gigabytes", type=float, default=6, help="stream: size of the checkpoint")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where to write (default: docs/)")

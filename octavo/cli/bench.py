@@ -4,7 +4,8 @@ import argparse
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from octavo.analysis.bench.linear import Shape
     from octavo.analysis.bench.race import Race
     from octavo.analysis.bench.roofline import Roofline
+    from octavo.analysis.bench.worker import Children
     from octavo.analysis.experiment import Table
 
 HELP = (
@@ -29,7 +31,8 @@ MODEL: reading a prompt (prefill) and continuing it (decode), tokens a second; a
 model is run forward on its first batch.
 
 All take turns, so that a busy machine is busy for all of them; compare ratios, not seconds. Other
-libraries that are installed run beside (--peers). Ctrl-C shows what was measured until then.""",
+libraries that are installed run beside (--peers), each in a process of its own with a copy of the
+model, and so does everything compiled. Ctrl-C shows what was measured until then.""",
     """\
 examples:
   octavo bench
@@ -68,6 +71,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="which other libraries: names, 'all', 'none' (default: those that are installed)",
     )
     parser.add_argument("--compile", action="store_true", help="everything under torch.compile as well: takes minutes")
+    parser.add_argument(
+        "--patience",
+        type=positive,
+        default=1200,
+        metavar="SECONDS",
+        help="how long another library or a compiler may take to get ready (default: 1200)",
+    )
     parser.add_argument("--repeats", type=positive, metavar="N", help="turns (default: 9, or 5 with a model)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of all (default: as torch has them)")
     parser.add_argument(
@@ -91,11 +101,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, screen: Screen) -> None:
     """Measure the machine, then the contenders in turns; show what there is, whole or interrupted."""
     from octavo.analysis.bench import linear
-    from octavo.analysis.bench.race import Race, compiling
+    from octavo.analysis.bench.race import Race
+    from octavo.analysis.bench.worker import Children
 
     _check(arguments)
     schemes, peers = _schemes(arguments.schemes), _peers(arguments)
-    with _threads(arguments.threads) as threads, _quiet(), compiling() if arguments.compile else nullcontext():
+    with (
+        _threads(arguments.threads) as threads,
+        _quiet(),
+        Children(threads, arguments.patience, partial(tell, "note")) as children,
+    ):
         race = Race(linear.BASELINE)
         roofline: Roofline | None = None
         told: dict[str, Any] = {"model": arguments.model, "threads": threads, "device": arguments.device}
@@ -103,7 +118,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
             measure = _model(arguments, screen, told) if arguments.model else _layers(arguments, screen)
             roofline = _roofline(screen, arguments.device)
             with screen.phase("measure"):
-                measure(race, schemes, peers, threads)
+                measure(race, schemes, peers, children)
         except KeyboardInterrupt:
             if any(timing.seconds for timing in race.timings):
                 _show(arguments, screen, race, roofline, {**told, "interrupted": True})
@@ -119,13 +134,13 @@ def _layers(arguments: argparse.Namespace, screen: Screen) -> Any:
 
     shapes = _shapes(arguments)
 
-    def measure(race: "Race", schemes: list[str], peers: list[str], threads: int) -> None:
+    def measure(race: "Race", schemes: list[str], peers: list[str], children: "Children") -> None:
         for some in linear.by_weight(shapes).values():
             made = linear.contenders(some, schemes, arguments.device, arguments.compile)
-            made += others.linear(peers, some, threads, arguments.compile)
+            made += others.linear(peers, some, children.threads, arguments.compile)
             inner, columns = some[0].inner, some[0].columns
             label = f"{inner} × {columns}"
-            race.run(made, linear.work(some), arguments.repeats or REPEATS, screen.track, label)
+            race.run(children.apart(made), linear.work(some), arguments.repeats or REPEATS, screen.track, label)
 
     return measure
 
@@ -142,14 +157,19 @@ def _model(arguments: argparse.Namespace, screen: Screen, told: dict[str, Any]) 
     if isinstance(task, language.Prompt):
         told |= {"prompt": task.length, "context": task.context, "new": task.new}
 
-    def measure(race: "Race", schemes: list[str], peers: list[str], threads: int) -> None:
-        made = language.contenders(opened.model, schemes, task, arguments.compile, arguments.head, arguments.device)
+    def measure(race: "Race", schemes: list[str], peers: list[str], children: "Children") -> None:
+        more = {"head": arguments.head, "device": arguments.device}
+        made = language.contenders(opened.model, schemes, task, **more)
         with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
-            if isinstance(task, language.Prompt):
-                made += others.language(peers, opened.model, task, threads, Path(folder), arguments.compile)
-            elif peers:
+            if peers and not isinstance(task, language.Prompt):
                 screen.say("Other libraries are measured on layers and language models only.", style="yellow")
-            race.run(made, language.work(task), arguments.repeats or REPEATS_MODEL, screen.track, arguments.model)
+                peers = []
+            if arguments.compile or peers:
+                stored = language.Stored.of(opened.model, Path(folder))
+                made += language.compiled(stored, schemes, task, **more) if arguments.compile else []
+                made += others.language(peers, stored, task, children.threads, arguments.compile) if peers else []
+            repeats = arguments.repeats or REPEATS_MODEL
+            race.run(children.apart(made), language.work(task), repeats, screen.track, arguments.model)
 
     return measure
 

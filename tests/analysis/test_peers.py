@@ -31,9 +31,9 @@ def test_what_is_not_here_or_cannot_is_a_row(monkeypatch, tmp_path):
     raced = Race(linear.BASELINE)
     raced.run(peers.linear(["llama.cpp"], shapes, 1), linear.work(shapes), 1)
     assert raced.timings[0].reason == "runs whole models only"
-    prompt = language.prompt(models.llama(), 4, 2)
+    prompt, stored = language.prompt(models.llama(), 4, 2), language.Stored.of(models.llama(), tmp_path)
     raced = Race(linear.BASELINE)
-    raced.run(peers.language(["openvino"], models.llama(), prompt, 1, tmp_path), language.work(prompt), 1)
+    raced.run(peers.language(["openvino"], stored, prompt, 1), language.work(prompt), 1)
     assert [t.reason for t in raced.timings] == ["is measured on linear layers only"] * 2
 
 
@@ -78,7 +78,7 @@ def test_peers_that_are_here_run(tmp_path, monkeypatch):
     model = models.llama()
     prompt = language.prompt(model, 16, 4)
     raced = Race(linear.BASELINE)
-    raced.run(peers.language(HERE, model, prompt, 1, tmp_path), language.work(prompt), 1)
+    raced.run(peers.language(HERE, language.Stored.of(model, tmp_path), prompt, 1), language.work(prompt), 1)
     assert {t.reason for t in raced.timings} <= {"", "is measured on linear layers only"}
 
 

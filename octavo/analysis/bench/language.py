@@ -7,15 +7,18 @@ because a growing one would be compiled anew; the compiled prefill keeps none.
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from octavo.analysis.bench.linear import BASELINE, unit
+from octavo.analysis.bench.linear import BASELINE, COMPILED, unit
 from octavo.analysis.bench.race import Contender, Task, Work
 from octavo.calibration.batches import enter
 from octavo.core import schemes
@@ -85,35 +88,80 @@ def work(task: "Prompt | Any") -> dict[str, Work]:
     return {FORWARD: Work(1, "batches/s")}
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A model in a file, for several processes: it is mapped, so what they read of it lies in memory once."""
+
+    file: Path
+
+    @classmethod
+    def of(cls, model: nn.Module, folder: Path) -> "Stored":
+        """The model, written into the folder. Raises ``OctavoError`` where it cannot be written."""
+        needed, free = model_bytes(model), shutil.disk_usage(folder).free
+        if needed > free:
+            raise OctavoError(f"{folder} has no room: the model takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free")
+        file = folder / "model.pt"
+        try:
+            torch.save(model, file)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise OctavoError(
+                f"{type(model).__name__} cannot be given to other processes, which compiled models and other libraries "
+                f"have: {error}. Measure it without them, or make it of classes that can be imported"
+            ) from None
+        return cls(file)
+
+    def load(self) -> Any:
+        """The model: of equal numbers in every process."""
+        return torch.load(self.file, mmap=True, weights_only=False)
+
+
 def contenders(
-    model: nn.Module,
-    names: Sequence[str],
-    task: "Prompt | Any",
-    compiled: bool = False,
-    head: bool = False,
-    device: str = "cpu",
+    model: nn.Module, names: Sequence[str], task: "Prompt | Any", head: bool = False, device: str = "cpu"
 ) -> list[Contender]:
-    """FP32, BF16 and every scheme of one model, which stays as it is; ``compiled`` adds each of them compiled.
+    """FP32, BF16 and every scheme of one model, which stays as it is.
 
     ``task`` is a ``Prompt``, or one batch for a model that is no language model. ``head`` quantizes the output head
     too.
     """
-    made = []
-    data = [{"input_ids": task.ids} if isinstance(task, Prompt) else _as(task, torch.bfloat16)]
+    ways = [(name, unit, partial(_ready, model, scheme, task, head, device)) for name, unit, scheme in _ways(names)]
+    return [Contender(name, prepare, unit) for name, unit, prepare in ways]
 
-    def add(name: str, bound: str, make: Callable[[], Any]) -> None:
-        made.append(Contender(name, lambda: engine(make(), task), bound))
-        if compiled:
-            made.append(Contender(f"{name}, compiled", lambda: engine(make(), task, True), bound))
 
-    def eight_bits(scheme: Scheme) -> Any:
-        return eight_bit(_copy(model, torch.bfloat16, device), scheme, data, head)
+def compiled(
+    stored: Stored, names: Sequence[str], task: "Prompt | Any", head: bool = False, device: str = "cpu"
+) -> list[Contender]:
+    """The same under ``torch.compile``, each in a process of its own, with a copy of the model in its dtype."""
+    return [
+        Contender(
+            f"{name}{COMPILED}",
+            partial(_ready, stored, scheme, task, head, device, compiled=True),
+            unit,
+            f"{name}{COMPILED}{', head too' if head else ''}",
+        )
+        for name, unit, scheme in _ways(names)
+    ]
 
-    add("FP32", "FP32", lambda: _copy(model, torch.float32, device))
-    add(BASELINE, "BF16", lambda: _copy(model, torch.bfloat16, device))
-    for scheme in map(schemes.get, names):
-        add(schemes.describe(scheme), unit(scheme), partial(eight_bits, scheme))
-    return made
+
+def _ways(names: Sequence[str]) -> list[tuple[str, str, Scheme | torch.dtype]]:
+    """Of every contender its name, the arithmetic that bounds it, and what the model becomes."""
+    found: list[tuple[str, str, Scheme | torch.dtype]] = [("FP32", "FP32", torch.float32)]
+    found.append((BASELINE, "BF16", torch.bfloat16))
+    return found + [(schemes.describe(s), unit(s), s) for s in map(schemes.get, names)]
+
+
+def _ready(
+    source: "nn.Module | Stored",
+    way: Scheme | torch.dtype,
+    task: "Prompt | Any",
+    head: bool,
+    device: str,
+    compiled: bool = False,
+) -> dict[str, Task]:
+    model = source.load() if isinstance(source, Stored) else source
+    if isinstance(way, Scheme):
+        data = [{"input_ids": task.ids} if isinstance(task, Prompt) else _as(task, torch.bfloat16)]
+        return engine(eight_bit(_copy(model, torch.bfloat16, device), way, data, head), task, compiled)
+    return engine(_copy(model, way, device), task, compiled)
 
 
 def eight_bit(model: Any, scheme: Scheme, calibration: list[Any], head: bool) -> Any:

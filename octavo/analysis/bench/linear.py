@@ -27,6 +27,8 @@ from octavo.ptq.rules import Rule
 
 BASELINE = "BF16"
 RAW = "torch._int_mm"
+COMPILED = ", compiled"  # ends the names of contenders that go through torch.compile
+OURS_COMPILED = f"octavo{COMPILED}"
 MOST_COPIES = 64
 #: A layer made ready: given x [M, K] in BF16, it returns what computes the product.
 Bind = Callable[[Tensor], Callable[[], object]]
@@ -97,9 +99,10 @@ def contenders(
     ]
     for name in names:
         scheme = schemes.get(name)
-        for fast in (False, True) if compiled else (False,):
-            label = f"{name}, compiled" if fast else name
-            made.append(Contender(label, partial(_scheme, weight, inputs, count, scheme, fast), unit(scheme)))
+        made.append(Contender(name, partial(_scheme, weight, inputs, count, scheme), unit(scheme)))
+        if compiled:
+            prepare = partial(_compiled, list(shapes), device, seed, count, scheme)
+            made.append(Contender(f"{name}{COMPILED}", prepare, unit(scheme), OURS_COMPILED))
     return made
 
 
@@ -148,8 +151,12 @@ def _raw(weight: Tensor, inputs: Mapping[Shape, Tensor], count: int) -> dict[str
     return tasks(inputs, layers, weight.numel())
 
 
+def _compiled(shapes: Sequence[Shape], device: str, seed: int, count: int, scheme: Scheme) -> dict[str, Task]:
+    return _scheme(*numbers(shapes, device, seed), count, scheme, compiled=True)
+
+
 def _scheme(
-    weight: Tensor, inputs: Mapping[Shape, Tensor], count: int, scheme: Scheme, compiled: bool
+    weight: Tensor, inputs: Mapping[Shape, Tensor], count: int, scheme: Scheme, compiled: bool = False
 ) -> dict[str, Task]:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -29,7 +29,22 @@ REASON = 240  # letters
 MODELS = 1024  # compiled side by side
 
 
-@dataclass(frozen=True)
+class Timed(Protocol):
+    """What takes turns: a task here or in another process."""
+
+    @property
+    def flops(self) -> float | None:
+        """Operations of one run, where they are known."""
+
+    @property
+    def nbytes(self) -> float | None:
+        """Bytes that one run must read and write, where they are known."""
+
+    def turn(self) -> float:
+        """Run as often as it takes to be timed well: seconds a run."""
+
+
+@dataclass
 class Task:
     """Something to be timed: ``run``; ``before`` goes first, outside the clock.
 
@@ -42,6 +57,28 @@ class Task:
     flops: float | None = None
     nbytes: float | None = None
     own_clock: bool = False
+    _runs: int = field(default=0, init=False, repr=False)
+
+    def turn(self) -> float:
+        """Seconds a run; the first turn also finds out how many runs it takes to be long enough."""
+        with torch.inference_mode(), redirect_stdout(sys.stderr):
+            if not self._runs:
+                self._clock(1)
+                seconds = max(self._clock(1), SHORT / MOST)
+                self._runs = 1 if self.before else max(1, min(MOST, math.ceil(SHORT / seconds)))
+            elif self._runs > 1:
+                self.run()
+            return self._clock(self._runs)
+
+    def _clock(self, runs: int) -> float:
+        if self.before is not None:
+            self.before()
+        if self.own_clock:
+            return float(statistics.fmean(float(self.run()) for _ in range(runs)))  # type: ignore[arg-type]
+        started = _now()
+        for _ in range(runs):
+            self.run()
+        return (_now() - started) / runs
 
 
 @dataclass(frozen=True)
@@ -56,12 +93,14 @@ class Work:
 class Contender:
     """A way to do some tasks: ``prepare`` quantizes, compiles or converts, and gives what is timed, by task.
 
-    ``unit`` says which arithmetic bounds it: "INT8", "BF16" or "FP32"; empty where that is not known.
+    ``unit`` says which arithmetic bounds it: "INT8", "BF16" or "FP32"; empty where that is not known. ``home`` names
+    the process it ought to have, with others of that name (see ``worker``); its ``prepare`` is picklable then.
     """
 
     name: str
-    prepare: Callable[[], Mapping[str, Task]]
+    prepare: Callable[[], Mapping[str, Timed]]
     unit: str = ""
+    home: str = ""
 
 
 @dataclass
@@ -183,41 +222,22 @@ class Race:
 class _Lane:
     """One task of one contender while the race lasts."""
 
-    def __init__(self, timing: Timing, task: Task) -> None:
-        self.timing, self.task, self.runs = timing, task, 0
+    def __init__(self, timing: Timing, task: Timed) -> None:
+        self.timing, self.task = timing, task
 
     def take(self) -> None:
-        """One turn; the first one also finds out how many runs it takes to be long enough."""
+        """One turn."""
         if self.timing.reason:
             return
         try:
-            with torch.inference_mode(), redirect_stdout(sys.stderr):
-                time.sleep(REST)
-                if not self.runs:
-                    self._clock(1)
-                    seconds = self._clock(1)
-                    self.runs = (
-                        1 if self.task.before else max(1, min(MOST, math.ceil(SHORT / max(seconds, SHORT / MOST))))
-                    )
-                elif self.runs > 1:
-                    self.task.run()
-                self.timing.seconds.append(self._clock(self.runs))
+            time.sleep(REST)
+            self.timing.seconds.append(self.task.turn())
         except Exception as error:
             self.timing.seconds.clear()
             self.timing.reason = reason(error)
 
-    def _clock(self, runs: int) -> float:
-        if self.task.before is not None:
-            self.task.before()
-        if self.task.own_clock:
-            return float(statistics.fmean(float(self.task.run()) for _ in range(runs)))  # type: ignore[arg-type]
-        started = _now()
-        for _ in range(runs):
-            self.task.run()
-        return (_now() - started) / runs
 
-
-def _prepared(contender: Contender, timings: Sequence[Timing]) -> list[tuple[Timing, Task]]:
+def _prepared(contender: Contender, timings: Sequence[Timing]) -> list[tuple[Timing, Timed]]:
     """The contender's tasks beside their timings; a timing without a task gets the reason."""
     try:
         with torch.no_grad(), redirect_stdout(sys.stderr):

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from octavo.analysis.bench.language import Prompt
-from octavo.analysis.bench.linear import Bind, Shape, copies, numbers, tasks
+from octavo.analysis.bench.language import Prompt, Stored
+from octavo.analysis.bench.linear import COMPILED, Bind, Shape, copies, numbers, tasks
 from octavo.analysis.bench.race import Contender, Task
 from octavo.errors import OctavoError
 
@@ -75,7 +75,6 @@ FILES = {
     "ctranslate2": "ctranslate2",
     "llama.cpp": "llama_cpp",
 }
-COMPILED = ", compiled"
 
 
 def get(name: str) -> Peer:
@@ -93,46 +92,53 @@ def linear(
     names: Sequence[str], shapes: Sequence[Shape], threads: int, compiled: bool = False, seed: int = 0
 ) -> list[Contender]:
     """The peers' ways to run a linear layer, for shapes that share a weight."""
-    weight, inputs = numbers(shapes, seed=seed)
-    count = copies(weight)
-
-    def prepare(make: Callable[[Tensor], Bind]) -> dict[str, Task]:
-        return tasks(inputs, [make(weight) for _ in range(count)], None)
-
+    count = copies(numbers(shapes[:1], seed=seed)[0])
     made = []
     for peer in map(get, names):
-        ways = peer.layers(threads) if peer.layers else {peer.name: partial(_unable, "runs whole models only")}
-        made += _contenders(peer, ways, prepare, compiled)
+        ways = list(peer.layers(threads)) if peer.layers else []
+        prepare = partial(_layers, peer.name, list(shapes), count, threads, seed)
+        made += _contenders(peer, ways, prepare, compiled, "runs whole models only")
     return made
 
 
 def language(
-    names: Sequence[str], model: nn.Module, prompt: Prompt, threads: int, folder: Path, compiled: bool = False
+    names: Sequence[str], stored: Stored, prompt: Prompt, threads: int, compiled: bool = False
 ) -> list[Contender]:
-    """The peers' ways to run a language model; ``folder`` takes the files that some of them need."""
+    """The peers' ways to run a language model; files that some of them need lie beside the model's."""
     made = []
     for peer in map(get, names):
-        ways = peer.models() if peer.models else {peer.name: partial(_unable, "is measured on linear layers only")}
-        setting = Setting(model, prompt, threads, folder / peer.module)
-        made += _contenders(peer, ways, partial(_made, setting), compiled)
+        ways = list(peer.models()) if peer.models else []
+        prepare = partial(_model, peer.name, stored, prompt, threads)
+        made += _contenders(peer, ways, prepare, compiled, "is measured on linear layers only")
     return made
 
 
 def _contenders(
-    peer: Peer,
-    ways: Mapping[str, Callable[[Any], Any]],
-    prepare: Callable[[Callable[[Any], Any]], Mapping[str, Task]],
-    compiled: bool,
+    peer: Peer, ways: Sequence[str], prepare: Callable[[str], Mapping[str, Task]], compiled: bool, without: str
 ) -> list[Contender]:
+    """A contender a way, each in the peer's process, or in its own if it is compiled."""
     if not peer.installed:
-        return [Contender(peer.name, partial(_unable, f"is not installed: {peer.install}", None))]
-    chosen = {name: make for name, make in ways.items() if compiled or not name.endswith(COMPILED)}
-    return [Contender(name, partial(prepare, make)) for name, make in chosen.items()]
+        return [Contender(peer.name, partial(_unable, f"is not installed: {peer.install}"))]
+    if not ways:
+        return [Contender(peer.name, partial(_unable, without))]
+    chosen = [way for way in ways if compiled or not way.endswith(COMPILED)]
+    homes = [way if way.endswith(COMPILED) else peer.name for way in chosen]
+    return [Contender(way, partial(prepare, way), home=home) for way, home in zip(chosen, homes, strict=True)]
 
 
-def _made(setting: Setting, make: Callable[[Setting], Mapping[str, Task]]) -> Mapping[str, Task]:
-    return make(setting)
+def _layers(name: str, shapes: Sequence[Shape], count: int, threads: int, seed: int, way: str) -> dict[str, Task]:
+    weight, inputs = numbers(shapes, seed=seed)
+    ways = get(name).layers
+    assert ways is not None
+    make = ways(threads)[way]
+    return tasks(inputs, [make(weight) for _ in range(count)], None)
 
 
-def _unable(why: str, _: Any) -> Any:
+def _model(name: str, stored: Stored, prompt: Prompt, threads: int, way: str) -> Mapping[str, Task]:
+    peer = get(name)
+    assert peer.models is not None
+    return peer.models()[way](Setting(stored.load(), prompt, threads, stored.file.parent / peer.module))
+
+
+def _unable(why: str) -> Any:
     raise OctavoError(why)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from octavo.analysis.bench.language import engine
-from octavo.analysis.bench.linear import Bind
-from octavo.analysis.bench.peers import COMPILED, Layers, Models, Peer, Setting
+from octavo.analysis.bench.linear import COMPILED, Bind
+from octavo.analysis.bench.peers import Layers, Models, Peer, Setting
 from octavo.analysis.bench.race import Task
 
 CONFIGS = {"int8-dynamic": "Int8DynamicActivationInt8WeightConfig", "int8-weight-only": "Int8WeightOnlyConfig"}
