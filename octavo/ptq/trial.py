@@ -1,7 +1,8 @@
 """Whether a scale that moves between layers leaves a model as it is, tried on an example before anything is changed.
 
 Hooks divide what a module makes and multiply what linear layers read of it, by powers of two: if nothing else takes
-part, every layer then reads what it read before, bit for bit.
+part, every layer then reads what it read before, bit for bit. The powers are about as large as the scale, but never 1
+and not alike: a scale of nearly 1 would show nothing, and one alike for all channels not where channels are mixed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -57,6 +58,13 @@ def power_of_two(scale: Tensor) -> Tensor:
     return torch.exp2(scale.log2().round())
 
 
+def _telling(scale: Tensor) -> Tensor:
+    """Powers of two near a scale, 2 to 16 times as far from 1, by turns that a rearrangement will hardly repeat."""
+    near = scale.log2().round().cpu()
+    further = torch.randint(1, 5, near.shape, generator=torch.Generator().manual_seed(1))
+    return torch.exp2(near + further.where(near >= 0, -further))
+
+
 def _run(
     model: nn.Module, moves: Iterable[Move], example: Any, call: Call | None, scaled: bool
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -79,7 +87,7 @@ def _run(
     with evaluating(model), eagerly(model), undisturbed(model), torch.no_grad():
         try:
             for move in moves:
-                factor = power_of_two(move.scale) if scaled else None
+                factor = _telling(move.scale) if scaled else None
                 if factor is not None:
                     handles.append(move.source.register_forward_hook(making(factor)))
                 for name, module in move.readers.items():
