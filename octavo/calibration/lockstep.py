@@ -28,7 +28,7 @@ def walk(runs: Sequence[Callable[[], Any]], layers: Mapping[str, nn.Module], vis
 
     ``visit`` is called for a layer once, when every run waits at it or at one behind it; ``answer`` then for each call.
     A run that comes to a layer later has no part in its visit. Whatever a run, ``visit`` or ``answer`` raises ends all
-    runs and is raised here. Afterwards the layers are as before.
+    runs and is raised here, but for ``Halt``, which ends that run alone. Afterwards the layers are as before.
     """
     order = {name: place for place, name in enumerate(layers)}
     reports: SimpleQueue[_Run] = SimpleQueue()
@@ -56,8 +56,8 @@ def walk(runs: Sequence[Callable[[], Any]], layers: Mapping[str, nn.Module], vis
                     thread.join()
 
 
-class _Halted(BaseException):
-    """Ends a run from within; no ``except Exception`` of the model's holds it up."""
+class Halt(BaseException):
+    """Ends a run from within; no ``except Exception`` of the model's holds it up. ``answer`` may end its run by it."""
 
 
 class _Run(threading.Thread):
@@ -88,13 +88,13 @@ class _Run(threading.Thread):
         self.place, self.given = name, (args, kwargs)
         self.reports.put(self)
         if not self.proceed.get():
-            raise _Halted
+            raise Halt
         self.given = ((), {})
         return self.answer(name, self.number, usual, args, kwargs)
 
     def check(self) -> None:
         """Raise what ended the run, if anything did."""
-        if self.error is not None and not isinstance(self.error, _Halted):
+        if self.error is not None and not isinstance(self.error, Halt):
             raise self.error
 
 

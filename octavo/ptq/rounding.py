@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.calibration.batches import Call, Track, eagerly, enter, evaluating, several
-from octavo.calibration.lockstep import walk
+from octavo.calibration.lockstep import Halt, walk
 from octavo.core.qtensor import QTensor
 from octavo.core.schemes import Scheme
 from octavo.errors import OctavoError
@@ -151,6 +151,8 @@ class _Walk:
                 f"one batch calls layer {name} several times, and GPTQ rounds it by the first; round it to the nearest"
             )
         self.called.add((name, run))
+        if run and len(self.eight_bit) == len(self.jobs):  # all is rounded; one run goes on, in case it comes back
+            raise Halt
         return self.eight_bit[name].forward(*args, **kwargs) if self._quantized(run) else usual(*args, **kwargs)
 
     def finish(self) -> None:

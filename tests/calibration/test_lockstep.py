@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from octavo import OctavoError
-from octavo.calibration.lockstep import walk
+from octavo.calibration.lockstep import Halt, walk
 from tests.nn import models
 
 
@@ -107,6 +107,26 @@ def test_an_error_ends_all_runs(where):
         recorder.walk(model)
     assert all("forward" not in vars(m) and not m._forward_pre_hooks for m in model.modules())
     assert not [t for t in threading.enumerate() if t.name.startswith("octavo run")]
+
+
+def test_an_answer_may_end_its_run_alone():
+    model, inputs = plain(), [torch.randn(2, 20), torch.randn(3, 20), torch.randn(4, 20)]
+    recorder = Recorder(model, inputs)
+
+    def answer(name, run, usual, args, kwargs):
+        if name == "blocks.0" and run == 1:
+            raise Halt
+        return usual(*args, **kwargs)
+
+    recorder.answer = answer
+    recorder.walk(model)
+    assert {name: sorted(runs) for name, runs in recorder.shown.items()} == {
+        "first": [0, 1, 2],
+        "blocks.0": [0, 1, 2],
+        "blocks.1": [0, 2],
+    }
+    assert recorder.results[1] is None
+    assert all(torch.equal(recorder.results[run], model(inputs[run])) for run in (0, 2))
 
 
 def test_a_model_that_swallows_errors_is_ended_too():

@@ -95,6 +95,26 @@ def test_blocks_of_columns_change_nothing(width, monkeypatch):
     assert torch.equal(Inverse(moments(x.double()), 0.01).round(weight, nearest, how).codes, whole.codes)
 
 
+@pytest.mark.parametrize("width", [1, 191, 192, 193, 500])
+def test_half_of_the_products_is_enough(width):
+    x = inputs(50, width).double()
+    seen = moments(x)
+    assert torch.allclose(seen.square, x.mT @ x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_rounding_keeps_to_the_grid(name):
+    x, weight = inputs(200, 37), torch.randn(24, 37, generator=torch.Generator().manual_seed(1))
+    how = Cast(name, PerGroup(16), rounding="stochastic", affine=name == "uint8")
+    nearest = ov.quantize(weight, Cast(name, PerGroup(16), affine=name == "uint8"))
+    rounded = Inverse(moments(x), 0.01).round(weight, nearest, how)
+    assert loss(x, weight, rounded) < 4 * loss(x, weight, ov.quantize(weight, how))
+    again = ov.quantize_scaled(
+        rounded.dequantize(), Cast(name, PerGroup(16), affine=name == "uint8"), rounded.scale, rounded.zero_point
+    )
+    assert torch.equal(again.codes, rounded.codes)
+
+
 @pytest.mark.parametrize("how", CASTS, ids=named)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_independent_inputs_give_the_nearest(how, dtype):

@@ -200,6 +200,33 @@ def test_bad_data_changes_nothing(make, data, words):
     assert untouched(model, before)
 
 
+class Tailed(nn.Module):
+    """Long work behind the last layer; a second call of it, if asked for."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.first, self.last, self.tail = nn.Linear(6, 6), nn.Linear(6, 6), nn.Hardtanh()
+        self.again, self.calls = again, 0
+
+    def forward(self, x):
+        y = self.tail(self.last(self.first(x)))
+        self.calls += 1
+        return self.last(y) if self.again else y
+
+
+def test_behind_the_last_layer_one_run_goes_on():
+    torch.manual_seed(0)
+    data = [torch.randn(20, 6) for _ in range(3)]
+    model = Tailed(again=False).eval()
+    exact = copy.deepcopy(model)
+    ov.quantize_(model, [Rule(COARSE_BOTH, rounding="gptq")], data)
+    assert model.calls == 1
+    with torch.no_grad():
+        assert all(ov.sqnr(exact(x), model(x)) > 10 for x in data)
+    with pytest.raises(OctavoError, match="one batch calls layer last several times"):
+        ov.quantize_(Tailed(again=True).eval(), [Rule(COARSE_BOTH, rounding="gptq")], data)
+
+
 def test_shared_weights_are_named():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)).eval()
     model[1].weight = model[0].weight
