@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -39,31 +40,43 @@ WINDOWS, CALIBRATION = 8, 4
 
 
 class Demo:
-    """The demo model, text to calibrate and to judge on, and the float model's predictions."""
+    """The demo model, text to calibrate and to judge on, and the float model's predictions.
 
-    def __init__(self) -> None:
+    Windows have 512 tokens; those to judge on begin behind ``skipped`` ones, and both kinds are spread over their half.
+    """
+
+    def __init__(self, windows: int = WINDOWS, calibration: int = CALIBRATION, skipped: int | None = None) -> None:
         source = open_model("demo")
         self.model: nn.Module = source.model.eval()
         halves = text.split(text.read_text(None))
-        self.judge = text.windows(source.tokenizer, halves[1], 512, WINDOWS)
-        self.batches = [{"input_ids": x} for x in text.windows(source.tokenizer, halves[0], 512, CALIBRATION).split(2)]
+        seen, judged = (text.windows(source.tokenizer, half, 512) for half in halves)
+        if skipped is None:  # the first ones
+            self.judge, seen = judged[:windows], seen[:calibration]
+        else:
+            self.judge, seen = spread(judged[skipped:], windows), spread(seen, calibration)
+        self.batches = [{"input_ids": part} for part in seen.split(min(4, max(1, len(seen) // 2)))]
         self.exact = [self.predictions(self.model, ids).bfloat16() for ids in self.judge]
-        self.base = self.distance(self.model)["perplexity"]
+        self.losses, _ = self.distances(self.model)
+        self.base = math.exp(fmean(self.losses))
 
     @torch.no_grad()
     def predictions(self, model: Any, ids: Tensor) -> Tensor:
         """Log probabilities [tokens − 1, vocabulary]."""
         return F.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0, :-1].float(), dim=-1)
 
-    def distance(self, model: nn.Module) -> dict[str, float]:
-        """The perplexity, and the mean KL divergence from the float model's predictions in nats a token."""
-        loss = kl = 0.0
+    def distances(self, model: nn.Module) -> tuple[list[float], list[float]]:
+        """By window the loss, and the KL divergence from the float model's predictions, in nats a token."""
+        losses, divergences = [], []
         for ids, exact in zip(self.judge, self.exact, strict=True):
             found, wide = self.predictions(model, ids), exact.float()
-            loss += float(F.nll_loss(found, ids[1:], reduction="sum"))
-            kl += float((wide.exp() * (wide - found)).sum())
-        tokens = len(self.judge) * (self.judge.shape[1] - 1)
-        return {"perplexity": math.exp(loss / tokens), "kl": kl / tokens}
+            losses.append(float(F.nll_loss(found, ids[1:])))
+            divergences.append(float((wide.exp() * (wide - found)).sum(1).mean()))
+        return losses, divergences
+
+    def distance(self, model: nn.Module) -> dict[str, float]:
+        """The perplexity, and the mean KL divergence."""
+        losses, divergences = self.distances(model)
+        return {"perplexity": math.exp(fmean(losses)), "kl": fmean(divergences)}
 
     def row(self, scheme: str, setting: Setting) -> dict[str, Any]:
         """One scheme with these α."""
@@ -75,6 +88,11 @@ class Demo:
         found["change"] = 100 * (found["perplexity"] / self.base - 1)
         alphas = [] if summary.smoothing is None else [pair.alpha for pair in summary.smoothing.pairs]
         return {**found, "alphas": alphas}
+
+
+def spread(windows: Tensor, count: int) -> Tensor:
+    """So many of the windows, evenly apart."""
+    return windows[:: max(1, len(windows) // count)][:count]
 
 
 def page(results: dict[str, Any]) -> str:
