@@ -104,11 +104,10 @@ def smooth_(
     up to 256 tokens. A channel that was always 0 keeps its scale.
 
     Raises ``OctavoError``, before anything is changed, if there is nothing to smooth, no data, NaN, or if layers that
-    read one result are to have different α.
+    read one result are to have different α. Ctrl-C leaves the model as it was, or with all pairs smoothed.
     """
     work, left = _plan(model, requested(model, rules, alpha), data, rules, call, track)
-    for one in work:
-        one.apply()
+    _wholly(_apply(work))
     return Smoothing([one.record for one in work], left)
 
 
@@ -133,14 +132,49 @@ def smoothed(
     changed = [parameter for one in work for parameter in one.parameters()] if restorable else []
     before = [(parameter, parameter.detach().clone()) for parameter in dict.fromkeys(changed)]
     try:
-        for one in work:
-            one.apply()
+        _wholly(_apply(work))
         yield Smoothing([one.record for one in work], left)
     except BaseException:
-        with torch.no_grad():
-            for parameter, values in before:
-                parameter.copy_(values)
+        _wholly(lambda: _restore(before))
         raise
+
+
+def _wholly(step: Callable[[], None]) -> None:
+    """Call it until it has come to its end, and only then hear Ctrl-C: half a pair is another function.
+
+    Called again it does what is left to do.
+    """
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            step()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+def _apply(work: Iterable["_Work"]) -> Callable[[], None]:
+    """A step that changes the weights of all pairs, in their order: the readers of one may be the source of another."""
+    made: dict[_Work, list[tuple[Tensor, Tensor]]] = {}
+
+    @torch.no_grad()
+    def step() -> None:
+        for one in work:
+            if one not in made:
+                made[one] = [(parameter, change(parameter)) for _, parameter, change in one.changes()]
+            for parameter, values in made[one]:
+                parameter.copy_(values)
+            made[one] = []
+
+    return step
+
+
+@torch.no_grad()
+def _restore(before: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for parameter, values in before:
+        parameter.copy_(values)
 
 
 def _plan(
@@ -288,23 +322,17 @@ class _Work:
         """Why the scale cannot be applied, or None."""
         if not bool(self.scale.isfinite().all()):
             return f"{self.pair.source}: the weights that read it hold NaN or Inf"
-        for name, parameter, change in self._changes():
+        for name, parameter, change in self.changes():
             if not bool(change(parameter).isfinite().all()):
                 return f"{name} would not hold finite numbers of {str(parameter.dtype).removeprefix('torch.')}"
         return None
 
     def parameters(self) -> list[Tensor]:
-        """All that ``apply`` changes."""
+        """All that ``changes`` speaks of."""
         own = [self.source._parameters.get(name) for name in ("weight", "bias")]
         return [x for x in (*own, *(layer.weight for layer in self.readers)) if x is not None]
 
-    @torch.no_grad()
-    def apply(self) -> None:
-        """Change the weights."""
-        for _, parameter, change in self._changes():
-            parameter.copy_(change(parameter))
-
-    def _changes(self) -> Iterator[tuple[str, Tensor, Callable[[Tensor], Tensor]]]:
+    def changes(self) -> Iterator[tuple[str, Tensor, Callable[[Tensor], Tensor]]]:
         """Everything that the scale changes: its name, the parameter or a view of it, and what it becomes."""
 
         def times(factor: Tensor, plus: float = 0.0) -> Callable[[Tensor], Tensor]:

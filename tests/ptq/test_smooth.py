@@ -1,6 +1,7 @@
 """Smoothing against the law written out, the function before and after, and every refusal before anything changes."""
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import octavo as ov
 from octavo import OctavoError, Rule
-from octavo.ptq.smooth import scales, smooth_
+from octavo.ptq.smooth import _apply, scales, smooth_
 from octavo.ptq.trial import power_of_two
 from tests.nn import models
 
@@ -267,3 +268,43 @@ def test_what_only_looks_proportional_is_refused_by_name():
 def test_other_layers_are_named():
     model = nn.Sequential(nn.Conv1d(3, 6, 1), nn.Flatten(), nn.LayerNorm(6), nn.Linear(6, 5))
     assert smooth_(model, [torch.randn(2, 3, 1)]).left == {"0": "it is no linear layer, and only those are smoothed"}
+
+
+def pressing(monkeypatch, places):
+    """From now on Ctrl-C is pressed before each of these changes of a weight, counted by calls of ``copy_``."""
+    calls, own = [], torch.Tensor.copy_
+
+    def copy_(x, values):
+        calls.append(x)
+        if len(calls) in places:
+            signal.raise_signal(signal.SIGINT)
+        return own(x, values)
+
+    def apply(work):
+        step = _apply(work)
+
+        def counted():
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, "copy_", copy_)
+                step()
+
+        return counted
+
+    monkeypatch.setattr("octavo.ptq.smooth._apply", apply)
+    return calls
+
+
+@pytest.mark.parametrize("places", [{1}, {2}, {3}, {4}, {6}, {2, 3, 6}])
+def test_an_interrupt_leaves_no_half_of_a_pair(monkeypatch, places):
+    model = nn.Sequential(*block(4, 4), *block(4, 4)).eval()
+    data = [torch.randn(7, 4)]
+    before, whole = state(model), copy.deepcopy(model)
+    smooth_(whole, data, 0.5)
+    for rules in (None, [Rule("int8-static", smooth=0.5)]):
+        model.load_state_dict(before)
+        with monkeypatch.context() as patch:
+            calls = pressing(patch, places)
+            with pytest.raises(KeyboardInterrupt):
+                smooth_(model, data, 0.5) if rules is None else ov.quantize_(model, rules, data)
+            assert len(calls) > 6
+        assert same(state(whole) if rules is None else before, state(model))
