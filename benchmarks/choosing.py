@@ -11,10 +11,12 @@ the second is of smoothed INT8 and E4M3, and both together are what the searches
 import argparse
 import copy
 import json
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import octavo as ov
@@ -29,11 +31,18 @@ from octavo.io.huggingface import open_model
 from octavo.ptq.rules import rules_to_json
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-INT8, E4M3 = "int8-dynamic", "fp8-dynamic"
-SMOOTHED = tuple(Candidate(schemes.get(name), alpha) for name, alpha in ((INT8, 0.7), (INT8, 0.5), (E4M3, 0.5)))
+INT8, E4M3, WEIGHT_ONLY = "int8-dynamic", "fp8-dynamic", "int8-weight-only"
+
+
+def _smoothed(name: str, *alphas: float) -> tuple[Candidate, ...]:
+    return tuple(Candidate(schemes.get(name), alpha) for alpha in alphas)
+
+
+SMOOTHED = (*_smoothed(INT8, 0.5, 0.6, 0.7, 0.8), *_smoothed(E4M3, 0.5))
+SMOOTHED_WEIGHTS = _smoothed(WEIGHT_ONLY, 0.5, 0.7)  # for weights beside smoothed INT8 layers
 FAST = (INT8, E4M3, *SMOOTHED)
-EVERY = tuple(name for name in comparing.SCHEMES if schemes.get(name).input is not None)
-CELLS, LENGTH, SEARCH, CALIBRATION, JUDGED = 160, 256, 16, 6, 24
+EVERY = (*(name for name in comparing.SCHEMES if schemes.get(name).input is not None), *SMOOTHED)
+CELLS, LENGTH, SEARCH, CALIBRATION, JUDGED = 160, 512, 13, 4, 24
 
 
 @dataclass(frozen=True)
@@ -49,10 +58,35 @@ class Question:
 
 
 QUESTIONS = (
-    Question("all 8-bit formats, every layer in 8 bits", EVERY, 0.003, 0.3),
+    Question("all 8-bit formats, every layer in 8 bits", EVERY, 0.0029, 0.3),
     Question("INT8 a channel and a token, or E4M3, every layer in 8 bits", FAST, 0.009, 1.0, True),
-    Question("the same, with as few weights as can be left as they are", (*FAST, None), 0.0025, 0.3, True, "bytes"),
+    Question("the same, with as few weights as can be left as they are", (*FAST, None), 0.0028, 0.3, True, "bytes"),
+    Question(
+        "the same, all weights in 8 bits, but some layers with inputs as they are (W8A16)",
+        (*FAST, WEIGHT_ONLY, *SMOOTHED_WEIGHTS),
+        0.0028,
+        0.3,
+        True,
+    ),
 )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """By how many percent the perplexity rises, give or take ``error``, and what was not wholly quantized.
+
+    ``left``, ``inputs``: the shares of the quantizable weights that stayed as they are, and whose inputs did.
+    """
+
+    rise: float
+    error: float
+    left: float
+    inputs: float
+
+    @property
+    def said(self) -> str:
+        """The rise in words."""
+        return f"{self.rise:+.2f} ± {self.error:.2f} %"
 
 
 class Demo:
@@ -68,17 +102,29 @@ class Demo:
         rows = text.windows(tokenizer, search, LENGTH, SEARCH)
         self.search = [{"input_ids": rows[:1, :CELLS]}, *({"input_ids": row[None]} for row in rows[1:])]
         self.calibration = [{"input_ids": row[None]} for row in text.windows(tokenizer, calibration, 512, CALIBRATION)]
-        self.base = ov.perplexity(self.model, self.judged).value
+        self.each = [math.log(ov.perplexity(self.model, window[None]).value) for window in self.judged]
+        self.base = math.exp(mean(self.each))
 
-    def judge(self, rules: Any) -> tuple[float, float]:
-        """The perplexity's rise in percent, and the share of the quantizable weights that stayed as they were."""
+    def judge(self, rules: Any) -> Judged:
+        """The model quantized by rules, on text that took no part."""
         twin = copy.deepcopy(self.model)
         by_data = not isinstance(rules, str) and any(r.smooth is not None or r.rounding != "nearest" for r in rules)
-        summary = ov.quantize_(twin, rules, self.calibration if by_data else None)
-        done = {layer.name for layer in summary.quantized}
+        ov.quantize_(twin, rules, self.calibration if by_data else None)
         sizes = {layer.name: layer.weight.numel() for layer in comparing.quantizable(self.model)}
-        left = sum(size for name, size in sizes.items() if name not in done) / sum(sizes.values())
-        return 100 * (ov.perplexity(twin, self.judged).value / self.base - 1), left
+        made = {name: getattr(twin.get_submodule(name), "scheme", None) for name in sizes}
+
+        def share(names: Iterable[str]) -> float:
+            return sum(sizes[name] for name in names) / sum(sizes.values())
+
+        # a window at a time: what differs between windows, but not between models, cancels
+        each = [math.log(ov.perplexity(twin, window[None]).value) for window in self.judged]
+        rises = [after - before for after, before in zip(each, self.each, strict=True)]
+        return Judged(
+            rise=100 * math.expm1(mean(rises)),
+            error=100 * stdev(rises) / math.sqrt(len(rises)),
+            left=share(name for name, scheme in made.items() if scheme is None),
+            inputs=share(name for name, scheme in made.items() if scheme is not None and scheme.input is None),
+        )
 
 
 def compared(demo: Demo, file: Path | None) -> Comparison:
@@ -91,7 +137,7 @@ def compared(demo: Demo, file: Path | None) -> Comparison:
 
     five = cells(comparing.SCHEMES)
     print(f"comparing: {five.seconds['cells']:.0f} s", flush=True)
-    found = joined(five, cells(SMOOTHED))
+    found = joined(five, cells((*SMOOTHED, *SMOOTHED_WEIGHTS)))
     if file is not None:
         file.write_text(json.dumps(found.to_json()))
     return found
@@ -120,13 +166,14 @@ def answer(demo: Demo, question: Question, comparison: Comparison) -> dict[str, 
         objective=question.objective,
     )
     seconds = time.perf_counter() - started
-    rise, left = demo.judge(choice.rules)
-    print(f"{question.title}: {rise:+.3f} %, {100 * left:.1f} % left, {seconds:.0f} s; {choice.verdict}", flush=True)
+    judged = demo.judge(choice.rules)
+    shares = f"{100 * judged.left:.1f} % left, {100 * judged.inputs:.1f} % with inputs left"
+    print(f"{question.title}: {judged.said}, {shares}, {seconds:.0f} s; {choice.verdict}", flush=True)
     return {
         "question": question.title,
         "limit": question.limit,
-        "rise": rise,
-        "left": left,
+        **asdict(judged),
+        "said": judged.said,
         "seconds": seconds,
         "verdict": choice.verdict,
         "rules": rules_to_json(choice.rules),
@@ -142,14 +189,23 @@ def main() -> None:
     demo = Demo()
     comparison = compared(demo, arguments.comparison)
     cells = len(comparing.SCHEMES) * len(comparison.layers)
-    plain = {name: demo.judge(name)[0] for name in (INT8, E4M3, "e3m4-int8-group64")}
+    plain = {name: demo.judge(name) for name in (INT8, E4M3, "e3m4-int8-group64")}
+    for name, judged in plain.items():
+        print(f"{name}: {judged.said}", flush=True)
     answers = [answer(demo, question, comparison) for question in QUESTIONS]
-    rows = [[f"`{name}` everywhere", f"{rise:+.2f} %", "0 %", "", ""] for name, rise in plain.items()]
+    rows = [[f"`{name}` everywhere", judged.said, "", "0 %", "0 %", ""] for name, judged in plain.items()]
     rows += [
-        [a["question"], f"{a['rise']:+.2f} %", f"{100 * a['left']:.1f} %", f"{a['limit']} %", f"{a['seconds']:.0f}"]
+        [
+            a["question"],
+            a["said"],
+            f"{a['limit']} %",
+            f"{100 * a['left']:.1f} %",
+            f"{100 * a['inputs']:.1f} %",
+            f"{a['seconds']:.0f}",
+        ]
         for a in answers
     ]
-    header = ["what was asked for", "perplexity", "weights left", "wanted", "seconds to choose"]
+    header = ["what was asked for", "perplexity", "wanted", "weights left", "inputs left", "seconds to choose"]
     lines = [
         "# Choosing a scheme for every layer",
         "",
@@ -157,16 +213,20 @@ def main() -> None:
         f"SmolLM2-135M-Instruct on Python's documentation: {JUDGED} windows of 512 tokens, none of which took part in "
         f"comparing, calibrating or searching; float32 has a perplexity of {demo.base:.3f}.",
         "",
+        "Perplexity: its rise, and the standard error of that. Weights left: the share of the linear layers' weights "
+        "that are not in 8 bits at all. Inputs left: the share whose weights are in 8 bits and whose inputs are not.",
+        "",
         markdown(header, rows),
         "",
         f"Comparing five schemes took {comparison.seconds['cells']:.0f} s for {cells} cells, each with {CELLS} tokens "
         f"({comparison.machine}; wanted: less than 600 s on two cores).",
         "",
-        *(line for a in answers for line in (f"- **{a['question']}**: {a['verdict']}",)),
+        *(f"- **{a['question']}**: {a['verdict']}" for a in answers),
         "",
     ]
     (DOCS / "choosing.md").write_text("\n".join(lines))
-    told = {"float": demo.base, "plain": plain, "answers": answers, "seconds": comparison.seconds, "cells": cells}
+    told = {"float": demo.base, "plain": {name: asdict(judged) for name, judged in plain.items()}, "answers": answers}
+    told |= {"seconds": comparison.seconds, "cells": cells}
     (DOCS / "choosing.json").write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -309,7 +309,7 @@ class _Clock:
     def look(self, layer: Layer, made: Mapping[str, Variant], shape: tuple[int, ...]) -> None:
         """Time the layer as it is and its variants, unless their like has been timed."""
         known = self.known.setdefault(variants.sort_of(layer, shape), {})
-        new = {name: variant for name, variant in made.items() if name not in known}
+        new = {name: variant.layer for name, variant in made.items() if name not in known}  # norms divide for nothing
         if not shape or not (new or AS_IT_IS.name not in known):
             return
         x = torch.randn(shape, dtype=layer.weight.dtype, device=layer.weight.device)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,9 +93,68 @@ def test_weights_rounded_by_data_are_judged_by_other_data():
     data, calibration = batches(), [torch.randn(256, 64)]
     assert all("gptq" not in s.what for s in choose(Chain(), data, 1e-2, "bytes", candidates=INT8).steps)
     choice = choose(Chain(), data, 1e-2, "bytes", candidates=["fp8-dynamic", None], calibration=calibration)
-    assert "gptq" in choice.steps[-1].what
-    if choice.steps[-1].loss < choice.steps[-2].loss:
-        assert all(rule.rounding == "gptq" for rule in choice.rules)
+    nearest, rounded = choice.steps[:2]
+    assert "gptq" in rounded.what and "gptq" not in nearest.what
+    helps = rounded.divergence < nearest.divergence
+    assert all(("gptq" in step.what) == helps for step in choice.steps[2:])
+    assert all(rule.rounding == ("gptq" if helps else "nearest") for rule in choice.rules if rule.scheme)
+
+
+def test_where_weights_cannot_be_rounded_by_data_they_are_rounded_to_the_nearest():
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)).eval()
+    data, calibration = [torch.randn(2, 3, 8, 8)], [torch.randn(2, 3, 8, 8)]
+    choice = choose(model, data, 1e-2, "bytes", candidates=["int8-dynamic"], calibration=calibration)
+    assert choice.met and {rule.rounding for rule in choice.rules} == {"nearest"}
+    assert any("rounded to the nearest" in note for note in choice.notes)
+
+
+@torch.no_grad()
+def test_layers_that_are_smoothed_together_may_differ_in_format():
+    torch.manual_seed(0)
+    model = models.llama()
+    for parameter in model.parameters():
+        parameter.mul_(4)
+    smooth = Candidate(schemes.get("int8-dynamic"), smooth=0.5)
+    data = [{"input_ids": torch.randint(3, models.VOCABULARY, (2, 12))} for _ in range(2)]
+    found = compare(model, data, [smooth, "int8-dynamic"], whole=False)
+    cells = [
+        replace(cell, divergence=0.0 if cell.candidate == "as it is" else 1e9 if "v_proj" in cell.layer else 1e-9)
+        if cell.excluded is None
+        else cell
+        for cell in found.cells
+    ]
+    choice = choose(
+        model, data, 0.5, "bytes", candidates=[smooth, "int8-dynamic", None], comparison=replace(found, cells=cells)
+    )
+    became = {d.layer: d.candidate for d in choice.decisions}
+    for number in range(2):
+        attention = f"model.layers.{number}.self_attn."
+        assert became[attention + "v_proj"] == "as it is"
+        assert became[attention + "q_proj"] == became[attention + "k_proj"] != "as it is"
+
+
+def test_times_within_their_spread_are_equal_and_bytes_decide():
+    model = Chain()
+    found = compare(model, batches(), ["int8-dynamic"], whole=False)
+
+    def timed(seconds, spread):
+        cells = [
+            replace(cell, seconds=1.0 if cell.candidate == "as it is" else seconds, spread=spread)
+            for cell in found.cells
+        ]
+        choice = choose(model, batches(), 1.0, "time", candidates=INT8, comparison=replace(found, cells=cells))
+        return {decision.candidate for decision in choice.decisions}
+
+    assert timed(1.04, 0.05) == {"int8-dynamic"}  # slower by less than the runs differ, and smaller
+    assert timed(1.06, 0.05) == {"as it is"}
+    assert timed(0.5, 0.0) == {"int8-dynamic"}
+
+
+def test_a_mix_is_timed_in_turns_with_the_model():
+    choice = choose(Chain(), batches(), 1.0, "bytes", candidates=["int8-dynamic"])
+    assert choice.pace_before > 0 and choice.pace_after > 0
+    assert Choice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
 
 
 def test_language_models_by_the_next_token():

@@ -57,6 +57,32 @@ def test_a_cell_is_what_the_model_really_loses(name):
 
 
 @torch.no_grad()
+def test_a_smoothed_cell_is_one_layer_of_a_smoothed_model():
+    model, data = models.llama(), tokens()
+    for parameter in model.parameters():
+        parameter.mul_(4)
+    for block in model.model.layers:
+        block.input_layernorm.weight[::7] *= 30
+    candidate = Candidate(ov.schemes.INT8_DYNAMIC, smooth=0.7)
+    found = compare(model, data, [candidate], whole=False)
+    smooth = copy.deepcopy(model)
+    ov.smooth_(smooth, data, 0.7)
+    tried = 0
+    for layer in found.layers:
+        cell = found.cell(layer.name, candidate)
+        if cell.excluded:
+            assert "o_proj" in layer.name and "cannot be smoothed" in cell.excluded
+            continue
+        twin = copy.deepcopy(smooth)
+        ov.quantize_(twin, {layer.name: "int8-dynamic"})
+        divergence, increase = written_out(model, twin, data)
+        assert cell.divergence == pytest.approx(divergence, rel=2e-3, abs=2e-7)
+        assert cell.loss == pytest.approx(increase, rel=2e-3, abs=2e-6)
+        tried += 1
+    assert tried == 12
+
+
+@torch.no_grad()
 def test_a_whole_model_is_what_it_really_loses():
     model, data = models.llama(), tokens()
     found = compare(model, data, ["fp8-dynamic", "int8-static"])

@@ -30,6 +30,6 @@ def test_a_search_starts_from_both():
 
 
 def test_every_question_is_about_schemes_that_were_compared():
-    known = {*comparing.SCHEMES, *choosing.SMOOTHED, None}
+    known = {*comparing.SCHEMES, *choosing.SMOOTHED, *choosing.SMOOTHED_WEIGHTS, None}
     assert all(set(question.candidates) <= known for question in choosing.QUESTIONS)
-    assert all(schemes.get(name).input is not None for name in choosing.EVERY)
+    assert all(c.scheme.input is not None for c in comparing.as_candidates(choosing.EVERY)[1:])
