@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from octavo import ops
-from octavo.ops import native
+from octavo.ops import build, native
 
 # /proc/cpuinfo's flag, what it is, what it is good for
 CPU_UNITS = (
@@ -142,7 +142,7 @@ def cpu_flags() -> set[str]:
 
 
 def _kernels() -> str:
-    return f"{native.status()}; {native.bind()}"
+    return f"{build.status()}; {native.bind()}"
 
 
 def _processor() -> str:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from octavo.ops import native
+from octavo.ops import build, native
 from octavo.ops.schema import ROUNDINGS, SumGrid
 
 PANEL = 32  # rows of the second operand that the kernels take at a time
@@ -56,7 +56,7 @@ def rounded(
         return None
     kind = GENERAL + {"nearest-even": 0, "stochastic": 2}.get(rounding, 1)
     a, b, survey = a.contiguous(), b.contiguous(), ctypes.c_int32 * 4
-    if kind == GENERAL and (lib := native.library("accumulate")) is not None and _served(a, b):
+    if kind == GENERAL and (lib := build.library("accumulate")) is not None and _served(a, b):
         found = survey(), survey()
         for x, facts in zip((a, b), found, strict=True):
             lib.octavo_survey(x.data_ptr(), x.numel(), ctypes.byref(facts))
@@ -111,7 +111,7 @@ def _grid(grid: SumGrid, rounding: str) -> _Grid:
 
 
 def _run(a: Tensor, b: Tensor, kind: int, how: _Sum) -> Tensor | None:
-    lib = native.library("accumulate")
+    lib = build.library("accumulate")
     if lib is None or not _served(a, b):
         return None
     (m, k), n = a.shape, b.shape[0]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.ops import native
+from octavo.ops import build, native
+from octavo.ops.grid import Even, even_grid
 from octavo.ops.schema import LIBRARY, RowFormat
 
 CAST = (
@@ -44,7 +45,7 @@ class _Fake(ctypes.Structure):
     _fields_ = (
         ("rows", native._Rows),
         ("y", ctypes.c_void_p),
-        ("even", native.Even),
+        ("even", Even),
         ("affine", ctypes.c_int32),
         ("largest", ctypes.c_float),
     )
@@ -135,9 +136,9 @@ def _native(
     *fmt: Any,
 ) -> Tensor | None:
     """``_law`` in one pass, into ``y`` or a new tensor, or None if the kernel does not take this call."""
-    lib, numbers = native.library("fake_quantize"), RowFormat(*fmt)
+    lib, numbers = build.library("fake_quantize"), RowFormat(*fmt)
     grid = (23, 23, -8.0e6, 8.0e6) if affine else (numbers.mantissa, numbers.emin, numbers.low, numbers.high)
-    even = native.even_grid(*grid, numbers.flush, numbers.negative_zero)
+    even = even_grid(*grid, numbers.flush, numbers.negative_zero)
     if lib is None or even is None or x.dtype not in native.OUTPUTS or x.dim() != 2 or not x.numel():
         return None
     if not all(native._plain(t) for t in (x, scale, zeros) if t is not None) or not x.is_contiguous():

@@ -250,7 +250,7 @@ def test_casts_and_operands_are_named(wrong):
 
 def test_autocast_changes_no_bit(generator, monkeypatch):
     """Neither the sums, which are FP32, nor the gradients; with kernels and by the law."""
-    from octavo.ops import native
+    from octavo.ops import build
 
     a, b = pair(generator)
 
@@ -260,8 +260,8 @@ def test_autocast_changes_no_bit(generator, monkeypatch):
         y.sum().backward()
         return y.detach(), x.grad
 
-    for library in (native.library, lambda name="native": None):
-        monkeypatch.setattr(native, "library", library)
+    for library in (build.library, lambda name="native": None):
+        monkeypatch.setattr(build, "library", library)
         for how in (FP32, IBM, TensorCore()):
             for fmt in ("FP16", "E4M3FN", "INT8"):
                 plain = both(fmt, how)

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo import ops
-from octavo.ops import accumulate, cpu, native, reference
+from octavo.ops import accumulate, build, cpu, native, reference
 from octavo.ops.schema import ROUNDINGS, SumGrid
 
-needs_library = pytest.mark.skipif(native.library("accumulate") is None, reason=native._loaded("accumulate")[1])
+needs_library = pytest.mark.skipif(build.library("accumulate") is None, reason=build.status("accumulate"))
 BEST = min(native._instruction_set(), 2)
 
 GRIDS = {
@@ -287,7 +287,7 @@ def test_threads_and_modes_change_nothing(generator):
                 torch.set_flush_denormal(flush)
                 for rounding in ("nearest-even", "stochastic"):
                     results.append(ops.accumulate_mm(a, b, grid, rounding, 64, seed=3))
-                if native.library("accumulate") is not None:
+                if build.library("accumulate") is not None:
                     bits = ops.accumulate_mm(*tiny, grid).view(torch.int32)
                     assert (bits == 3 << 19).all()  # a subnormal
     finally:
@@ -425,7 +425,7 @@ def test_without_kernels_the_law_serves(monkeypatch, generator):
         ops.accumulate_mm_aligned(a, b, 32, 14, 0),
         ops.accumulate_mm_integer((9 * a).round(), (9 * b).round(), 8, True),
     )
-    monkeypatch.setattr(native, "library", lambda name="native": None)
+    monkeypatch.setattr(build, "library", lambda name="native": None)
     assert accumulate.rounded(a, b, grid, grid, 0, "nearest-even", 0) is None
     same(ops.accumulate_mm(a, b, grid, "stochastic", 8, SINGLE, 6), with_kernels[0])
     same(ops.accumulate_mm_aligned(a, b, 32, 14, 0), with_kernels[1])

@@ -6,10 +6,10 @@ import torch
 from octavo import ops
 from octavo.core.cast import row_format
 from octavo.core.formats import E4M3FN, INT8, UINT8, eight_bit
-from octavo.ops import native
+from octavo.ops import build, native
 from octavo.ops.fake_quantize import _law, _native
 
-needs_library = pytest.mark.skipif(native.library("fake_quantize") is None, reason=native._loaded("fake_quantize")[1])
+needs_library = pytest.mark.skipif(build.library("fake_quantize") is None, reason=build.status("fake_quantize"))
 GRID = (3, -6, -448.0, 448.0, "nearest-even", "saturate", False, True)
 
 

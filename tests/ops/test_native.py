@@ -1,10 +1,6 @@
 """The compiled kernels against the law, bit for bit, on every instruction set this machine can run."""
 
 import functools
-import os
-import subprocess
-import sys
-import threading
 
 import numpy as np
 import pytest
@@ -13,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.core import formats
-from octavo.ops import native, reference
+from octavo.ops import build, native, reference
+from octavo.ops.grid import described
 from octavo.ops.schema import OVERFLOWS, ROUNDINGS
 
-needs_library = pytest.mark.skipif(native.library() is None, reason=native.status())
+needs_library = pytest.mark.skipif(build.library() is None, reason=build.status())
 needs_bf16 = pytest.mark.skipif(
-    native.library() is None or native._instruction_set() < 3, reason=f"no AVX512-BF16 here ({native.status()})"
+    build.library() is None or native._instruction_set() < 3, reason=f"no AVX512-BF16 here ({build.status()})"
 )
 BEST = native._instruction_set()
 
@@ -163,10 +160,10 @@ def test_subnormals_survive_a_process_that_flushes_them():
     near = torch.arange(-(2**17), 2**17, dtype=torch.int32).mul(2**10).abs().view(torch.float32)
     law = reference.cast(near, *small)
     try:
-        native._grid.cache_clear()
+        described.cache_clear()
         y = native.cast(x, *grid)
         lowest = native.cast(near, *small)
-        assert native._grid(*small[:-1]).quick
+        assert described(*small[:-1]).quick
         finest = native.cast(x, 0, -149, 2.0**-149, 2.0**-149, "nearest-even", "saturate", False, True, None)
     finally:
         torch.set_flush_denormal(False)
@@ -188,10 +185,10 @@ def test_every_float16(name):
 @needs_library
 @pytest.mark.parametrize("fmt", list(formats.eight_bit()), ids=str)
 def test_the_usual_rounding_takes_the_quick_way(fmt):
-    """So that the tests against the law are tests of it; where it does not serve, see ``native.even_grid``."""
+    """So that the tests against the law are tests of it; where it does not serve, see ``grid.even_grid``."""
     mantissa, emin, low, high = fmt.grid
-    assert native._grid(mantissa, emin, low, high, "nearest-even", "saturate", False, fmt.has_negative_zero).quick
-    assert not native._grid(mantissa, emin, low, high, "up", "saturate", False, fmt.has_negative_zero).quick
+    assert described(mantissa, emin, low, high, "nearest-even", "saturate", False, fmt.has_negative_zero).quick
+    assert not described(mantissa, emin, low, high, "up", "saturate", False, fmt.has_negative_zero).quick
 
 
 @needs_library
@@ -422,115 +419,6 @@ def test_scaling_sums_equals_the_law(sums, dtype):
                     with pytest.MonkeyPatch.context() as patch:
                         patch.setattr(native, "_instruction_set", lambda isa=isa: isa)
                         same(native.scale_sums(x, left, right, bias, dtype), law)
-
-
-# ---- compiling ----
-
-REPORT = """
-import torch
-from octavo.ops import native
-y = native.cast(torch.tensor([1.06]), 3, -6, -448.0, 448.0, "nearest-even", "saturate", False, True, None)
-print(native.library() is not None, y is not None and y.item(), native.status(), sep="|")
-"""
-
-
-def start(**environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", REPORT],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def report(process):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert err == ""
-    (line,) = out.splitlines()  # one line: nothing is printed behind our back, and the status has no second line
-    return line.split("|")
-
-
-def test_switched_off():
-    assert report(start(OCTAVO_NATIVE="0")) == ["False", "False", "no native kernels: OCTAVO_NATIVE=0"]
-
-
-def test_no_compiler(tmp_path):
-    found, y, status = report(start(PATH=str(tmp_path), CC="", OCTAVO_CACHE=str(tmp_path / "cache")))
-    assert (found, y) == ("False", "False")
-    assert "no C compiler found" in status
-
-
-def test_a_compiler_that_fails(tmp_path):
-    compiler = tmp_path / "cc"
-    compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit\necho hello >&2\necho "x.c:1: error: no luck" >&2\nexit 1\n'
-    )
-    compiler.chmod(0o755)
-    found, y, status = report(start(CC=str(compiler), OCTAVO_CACHE=str(tmp_path / "cache")))
-    assert (found, y) == ("False", "False")
-    assert status == "no native kernels: x.c:1: error: no luck"
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-@needs_library
-def test_two_processes_compile_at_once(tmp_path):
-    cache = tmp_path / "deep" / "cache"
-    both = [start(OCTAVO_CACHE=str(cache)) for _ in range(2)]
-    reports = [report(process) for process in both]
-    (file,) = cache.iterdir()
-    assert cache.stat().st_mode & 0o777 == 0o700
-    for found, y, status in reports:
-        assert (found, y) == ("True", "1.0")
-        assert status.endswith(str(file))
-
-
-@needs_library
-@pytest.mark.parametrize("spoil", ["writable by others", "a file", "damaged"])
-def test_a_cache_that_cannot_serve(tmp_path, spoil):
-    """Foreign folders are not trusted, and a broken file does not stop us: this process compiles for itself."""
-    cache = tmp_path / "cache"
-    if spoil == "a file":
-        cache.write_text("")
-    else:
-        cache.mkdir(mode=0o700)
-    if spoil == "writable by others":
-        cache.chmod(0o777)
-    if spoil == "damaged":
-        report(start(OCTAVO_CACHE=str(cache)))
-        (file,) = cache.iterdir()
-        file.write_bytes(b"not a library")
-    found, y, status = report(start(OCTAVO_CACHE=str(cache)))
-    assert (found, y) == ("True", "1.0")
-    assert "for this process only" in status
-
-
-@needs_library
-def test_many_threads_ask_at_once(monkeypatch):
-    made = []
-    compiled = native._compiled
-    monkeypatch.setattr(native, "_compiled", lambda *arguments: made.append(1) or compiled(*arguments))
-    native._load.cache_clear()
-    threads = [threading.Thread(target=native._loaded) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert made == [1]
-
-
-@needs_library
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
-def test_torch_and_we_share_one_openmp():
-    script = """if True:
-        import torch
-        from octavo.ops import native
-        native.cast(torch.randn(100_000), 3, -6, -448.0, 448.0, "nearest-even", "saturate", False, True, None)
-        print(len({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libomp" in line}))
-    """
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)  # other tests
-    assert ran.stdout.strip() == "1"  # bring scikit-learn's
 
 
 @needs_library

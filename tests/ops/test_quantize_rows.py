@@ -10,7 +10,7 @@ from octavo.core import cast, formats
 from octavo.core.cast import Cast, quantize_scaled, quantize_unchecked
 from octavo.core.granularity import PerGroup, PerTensor, PerToken
 from octavo.core.scaling import Current
-from octavo.ops import native, reference
+from octavo.ops import build, native, reference
 
 FORMATS = ["E4M3FN", "E4M3", "E5M2", "E3M4", "E2M5", "E4M3FNUZ", "E5M2FNUZ", "HFP8_143", "QUALCOMM_E5M2", "E3M2"]
 INTEGERS = ["INT8", "UINT8", "INT4"]
@@ -142,8 +142,8 @@ def test_float16_widens_exactly():
 
 def test_it_serves_what_layers_use(monkeypatch):
     """So that a condition that goes wrong shows as more than lost time."""
-    if native.library() is None:
-        pytest.skip(native.status())
+    if build.library() is None:
+        pytest.skip(build.status())
     monkeypatch.setattr(reference, "quantize_rows", None)
     monkeypatch.setattr(cast, "compute_scale", None)
     for name in ("INT8", "E4M3FN"):
