@@ -38,7 +38,7 @@ from octavo.errors import OctavoWarning
 FOLDER = Path(__file__).parent
 LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # sources, and the flags of their own
     # each step of scaling rounds
-    "native": (("cast.c", "rows.c", "product.c", "linear.c"), ("-std=c11", "-ffp-contract=off")),
+    "native": (("cast.c", "rows.c", "few.c", "product.c", "linear.c"), ("-std=c11", "-ffp-contract=off")),
     "fake_quantize": (("fake_quantize.c",), ("-std=c11", "-ffp-contract=off")),
     # its products are exact: fusing them with a sum changes no result
     "accumulate": (("accumulate.c",), ("-std=c11", "-ffp-contract=fast")),

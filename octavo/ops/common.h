@@ -42,9 +42,12 @@
 #define SIGN 0x80000000u
 
 enum { SCALAR, AVX2, AVX512, AVX512_BF16 };
+#define UNROLL _Pragma("GCC unroll 16")
 enum { F32, BF16, F16 }; /* types of numbers */
 
 int octavo_isa(void); /* what the machine has, at best */
+
+INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; } /* of the cache */
 
 INLINE uint32_t bits_of(float x) {
     uint32_t u;

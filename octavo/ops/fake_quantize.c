@@ -71,7 +71,8 @@ INLINE void part(const Fake *fake, int64_t i, int64_t begin, int64_t end, float 
         if (!r->given) {
             uint32_t top;
             float low = 0, high = 0;
-            range_of(from, n, &top, r->zeros || r->one_sided ? &low : NULL, &high);
+            if (r->zeros || r->one_sided) range_of(from, n, &top, &low, &high);
+            else top = top_of(from, 0, n);
             own = top < 0x7F800000u ? own_scale(r, float_of(top), low, high) : NAN;
             if (fake->affine) own_point = own_zero(r, low, own);
             scale = &own, zero = &own_point;

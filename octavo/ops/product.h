@@ -21,6 +21,9 @@ typedef struct {
     int32_t kind, out, flip;        /* flip: what is xored to bytes of A to make them unsigned */
 } Product;
 
+enum { FEW = 4 }; /* rows of A */
+
+int octavo_product_of_few(const Product *p, const Rows *rows, int isa, int threads);
 int octavo_product(const Product *p, const Rows *rows, int isa, int threads);
 
 #endif

@@ -56,33 +56,78 @@ void octavo_scale_sums(const void *sums, int integers, const float *left, const 
  * one is where they saturate. */
 
 #if defined(__x86_64__)
-/* Integer codes by the scale's reciprocal, which is off by less than 2^-13 where codes do not saturate; quotients that
- * near a tie are divided. 0 where that does not hold. */
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" WIDE))) static int integers_by_reciprocal(
-    const float *restrict x, uint8_t *restrict y, int64_t n, float scale, float zero, const Rows *r) {
-    if (scale < 0x1p-126f || scale > 0x1p125f || fabsf(zero) > 256) return 0; /* given ones may be anything */
-    const __m512 inverse = _mm512_set1_ps(1 / scale), tie = _mm512_set1_ps(0.5f - 0x1p-13f);
-    const __m512 low = _mm512_set1_ps(r->low), high = _mm512_set1_ps(r->high), offset = _mm512_set1_ps(zero);
-    for (int64_t i = 0; i < n; i += 16) {
-        const __mmask16 some = n - i < 16 ? (1u << (n - i)) - 1 : 0xFFFF;
-        const __m512 numbers = _mm512_maskz_loadu_ps(some, x + i);
-        __m512 v = _mm512_mul_ps(numbers, inverse), t = _mm512_roundscale_ps(v, 8); /* to nearest even, silently */
-        if (_mm512_cmp_ps_mask(_mm512_abs_ps(_mm512_sub_ps(v, t)), tie, _CMP_GT_OQ))
-            t = _mm512_roundscale_ps(_mm512_div_ps(numbers, _mm512_set1_ps(scale)), 8);
-        const __mmask16 known = _mm512_cmp_ps_mask(t, t, _CMP_ORD_Q);
-        t = _mm512_min_ps(_mm512_max_ps(_mm512_add_ps(t, offset), low), high);
-        _mm_mask_storeu_epi8(y + i, some, _mm512_cvtepi32_epi8(_mm512_maskz_cvtps_epi32(known, t)));
+#define AVX512_CODES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" WIDE)))
+
+/* Up to 16 numbers, of float32 or, where `half`, of bfloat16; zeros beyond n. */
+INLINE AVX512_CODES __m512 sixteen(const void *x, int half, int64_t i, int64_t n) {
+    const __mmask16 some = n - i >= 16 ? 0xFFFF : n > i ? (1u << (n - i)) - 1 : 0;
+    if (!half) return _mm512_maskz_loadu_ps(some, (const float *)x + i);
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, (const uint16_t *)x + i));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+/* The pattern of the largest magnitude, as a float32's. */
+INLINE AVX512_CODES uint32_t top512(const void *x, int half, int64_t n) {
+    const __m512i positive = half ? _mm512_set1_epi16(0x7FFF) : _mm512_set1_epi32(0x7FFFFFFF);
+    const int64_t step = half ? 32 : 16;
+    __m512i top[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (int64_t i = 0; i < n; i += 2 * step)
+        UNROLL for (int j = 0; j < 2; j++) {
+            const int64_t left = n - i - j * step;
+            const char *const at = (const char *)x + (i + j * step) * (64 / step);
+            if (left <= 0) break;
+            const __mmask32 some = left >= step ? ~0u : (1u << left) - 1;
+            const __m512i y = half ? _mm512_maskz_loadu_epi16(some, at) : _mm512_maskz_loadu_epi32((__mmask16)some, at);
+            const __m512i u = _mm512_and_si512(y, positive);
+            top[j] = half ? _mm512_max_epu16(top[j], u) : _mm512_max_epu32(top[j], u);
+        }
+    if (!half) return _mm512_reduce_max_epu32(_mm512_max_epu32(top[0], top[1]));
+    const __m512i both = _mm512_max_epu16(top[0], top[1]); /* words of two: the upper one as it is, the lower shifted */
+    const __m512i upper = _mm512_and_si512(both, _mm512_set1_epi32((int)0xFFFF0000));
+    return _mm512_reduce_max_epu32(_mm512_max_epu32(upper, _mm512_slli_epi32(both, 16)));
+}
+
+/* 64 integer codes, or fewer at the end: by the scale's reciprocal, which is off by less than 2^-13 where codes do not
+ * saturate, and by division where one comes that near a tie. */
+INLINE AVX512_CODES void codes64(const void *x, int half, uint8_t *y, int64_t i, int64_t n, float scale,
+                                 __m512 inverse, __m512 low, __m512 high, __m512i zero) {
+    __m512 v[4], rest = _mm512_setzero_ps();
+    UNROLL for (int j = 0; j < 4; j++) {
+        v[j] = _mm512_mul_ps(sixteen(x, half, i + 16 * j, n), inverse);
+        rest = _mm512_range_ps(rest, _mm512_reduce_ps(v[j], 8), 0xB); /* the larger distance from an integer */
     }
+    if (__builtin_expect(_mm512_cmp_ps_mask(rest, _mm512_set1_ps(0.5f - 0x1p-13f), _CMP_GT_OQ), 0))
+        UNROLL for (int j = 0; j < 4; j++)
+            v[j] = _mm512_div_ps(sixteen(x, half, i + 16 * j, n), _mm512_set1_ps(scale));
+    UNROLL for (int j = 0; j < 4; j++) {
+        const __m512 clamped = _mm512_min_ps(_mm512_max_ps(v[j], low), high);
+        const __m512i code = _mm512_cvt_roundps_epi32(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(code, zero));
+        const int64_t left = n - i - 16 * j;
+        if (left >= 16) _mm_storeu_si128((__m128i *)(y + i + 16 * j), bytes);
+        else if (left > 0) _mm_mask_storeu_epi8(y + i + 16 * j, (1u << left) - 1, bytes);
+    }
+}
+
+/* Integer codes of finite numbers. 0 where the scale lets no reciprocal do. */
+INLINE AVX512_CODES int integers_by_reciprocal(const void *restrict x, int half, uint8_t *restrict y, int64_t n,
+                                               float scale, float zero, const Rows *r) {
+    if (!(scale >= 0x1p-126f && scale <= 0x1p125f && fabsf(zero) <= 256)) return 0; /* given ones may be anything */
+    const __m512 inverse = _mm512_set1_ps(1 / scale), low = _mm512_set1_ps(r->low - zero);
+    const __m512 high = _mm512_set1_ps(r->high - zero);
+    const __m512i offset = _mm512_set1_epi32((int32_t)zero);
+    const int64_t whole = n / 64 * 64;
+    for (int64_t i = 0; i < whole; i += 64) codes64(x, half, y, i, i + 64, scale, inverse, low, high, offset);
+    if (whole < n) codes64(x, half, y, whole, n, scale, inverse, low, high, offset);
     return 1;
 }
 #endif
 #define BY_DIVISION(...) 0
 
-#define QUANTIZE(ISA, TARGET, QUICK)                                                                                 \
+#define QUANTIZE(ISA, TARGET, QUICK, TOP)                                                                            \
     TARGET static void codes_##ISA(const float *restrict x, uint8_t *restrict y, int64_t n, float scale, float zero, \
                                    const Rows *rows) {                                                               \
         const Rows r = *rows;                                                                                        \
-        if (r.kind == NEAREST_INTEGERS && QUICK(x, y, n, scale, zero, rows)) return;                                 \
         if (r.kind == NEAREST_INTEGERS) {                                                                            \
             const float bound = 8388608; /* 2^23 */                                                                  \
             _Pragma("omp simd") for (int64_t i = 0; i < n; i++) {                                                    \
@@ -114,20 +159,24 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" WIDE))) static int in
             y[i] = (uint8_t)(code | negative);                                                                       \
         }                                                                                                            \
     }                                                                                                                \
-    /* One row; whether all of it is finite. */                                                                      \
-    TARGET static int row_##ISA(const Rows *r, int64_t i, float *buffer, int broken) {                               \
+    /* One row, whose codes go to `to`; whether all of it is finite. */                                              \
+    TARGET static int row_##ISA(const Rows *r, int64_t i, uint8_t *to, float *buffer, int broken) {                  \
         const int64_t groups = (r->k + r->group - 1) / r->group;                                                     \
-        const float *x = (const float *)r->x + i * r->ldx;                                                           \
+        const int sided = !r->given && (r->zeros || r->one_sided), integers = r->kind == NEAREST_INTEGERS;           \
+        const float *const floats = (const float *)r->x + i * r->ldx;                                                \
+        const uint16_t *const halves = (const uint16_t *)r->x + i * r->ldx;                                          \
+        const int narrow = r->dtype == BF16 && integers && !sided; /* need not be widened first */                   \
         int finite = 1;                                                                                              \
-        if (r->dtype != F32)                                                                                         \
-            widen((const uint16_t *)r->x + i * r->ldx, (uint32_t *)buffer, r->k, r->dtype), x = buffer;              \
         for (int64_t g = 0; g < groups; g++) {                                                                       \
             const int64_t at = g * r->group, n = r->k - at < r->group ? r->k - at : r->group;                        \
             const int64_t place = i * r->scale_row + (r->scale_row ? g : 0);                                         \
-            const int sided = !r->given && (r->zeros || r->one_sided);                                               \
+            const float *const x = r->dtype == F32 ? floats + at : buffer;                                           \
             uint32_t top;                                                                                            \
             float low = 0, high = 0;                                                                                 \
-            range_of(x + at, n, &top, sided ? &low : NULL, &high);                                                   \
+            if (r->dtype != F32 && !narrow) widen(halves + at, (uint32_t *)buffer, n, r->dtype);                     \
+            const void *const numbers = narrow ? (const void *)(halves + at) : x;                                    \
+            if (sided) range_of(x, n, &top, &low, &high);                                                            \
+            else top = TOP(numbers, narrow, n);                                                                      \
             const int whole = top < 0x7F800000u;                                                                     \
             float scale = r->given ? r->scale[place] : own_scale(r, float_of(top), low, high);                       \
             float zero = 0;                                                                                          \
@@ -137,28 +186,33 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" WIDE))) static int in
             }                                                                                                        \
             if (!whole || broken) scale = NAN;                                                                       \
             finite &= whole;                                                                                         \
-            codes_##ISA(x + at, r->codes + i * r->k + at, n, scale, zero, r);                                        \
+            if (!integers || !QUICK(numbers, narrow, to + at, n, scale, zero, r)) {                                  \
+                if (narrow) widen(halves + at, (uint32_t *)buffer, n, BF16);                                         \
+                codes_##ISA(x, to + at, n, scale, zero, r);                                                          \
+            }                                                                                                        \
             if (r->scale_row || !r->given) r->scale[place] = scale;                                                  \
         }                                                                                                            \
         return finite;                                                                                               \
     }
 
-typedef int QuantizeRow(const Rows *, int64_t, float *, int);
-QUANTIZE(scalar, , BY_DIVISION)
+typedef int QuantizeRow(const Rows *, int64_t, uint8_t *, float *, int);
+QUANTIZE(scalar, , BY_DIVISION, top_of)
 #if defined(__x86_64__)
-QUANTIZE(avx2, __attribute__((target("avx2"))), BY_DIVISION)
-QUANTIZE(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" WIDE))), integers_by_reciprocal)
+QUANTIZE(avx2, __attribute__((target("avx2"))), BY_DIVISION, top_of)
+QUANTIZE(avx512, AVX512_CODES, integers_by_reciprocal, top512)
 static QuantizeRow *const quantizers[] = {row_scalar, row_avx2, row_avx512};
 #else
 static QuantizeRow *const quantizers[] = {row_scalar};
 #endif
 
-/* Rows from one to another, by a thread that has its own buffer of octavo_row_buffer() floats. */
-void octavo_quantize_some(const Rows *r, int64_t from, int64_t to, float *buffer, int isa) {
-    for (int64_t i = from; i < to; i++) quantizers[isa](r, i, buffer, 0);
+/* Rows from one to another, to codes of their own place, by a thread that has its own octavo_row_buffer() floats. */
+void octavo_quantize_some(const Rows *r, int64_t from, int64_t to, uint8_t *codes, float *buffer, int isa) {
+    for (int64_t i = from; i < to; i++) quantizers[isa](r, i, codes + (i - from) * r->k, buffer, 0);
 }
 
-int64_t octavo_row_buffer(const Rows *r) { return r->dtype == F32 ? 0 : (r->k + 63) / 64 * 64; }
+int64_t octavo_row_buffer(const Rows *r) {
+    return r->dtype == F32 ? 0 : ((r->k < r->group ? r->k : r->group) + 63) / 64 * 64;
+}
 
 /* 0, or 1: there was no memory. A given scale of all becomes NaN if anything is not finite, and so does all else. */
 int octavo_quantize_rows(const Rows *r, int isa, int threads) {
@@ -169,10 +223,11 @@ int octavo_quantize_rows(const Rows *r, int isa, int threads) {
     if (!buffers) return 1;
     for (int broken = 0; broken < 2; broken++) {
         if (r->m * r->k <= 1 << 15) { /* even a team of one costs microseconds */
-            for (int64_t i = 0; i < r->m; i++) finite = row(r, i, buffers, broken) && finite;
+            for (int64_t i = 0; i < r->m; i++) finite = row(r, i, r->codes + i * r->k, buffers, broken) && finite;
         } else {
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(&& : finite)
-            for (int64_t i = 0; i < r->m; i++) finite = row(r, i, buffers + THREAD * width, broken) && finite;
+            for (int64_t i = 0; i < r->m; i++)
+                finite = row(r, i, r->codes + i * r->k, buffers + THREAD * width, broken) && finite;
         }
         if (finite || !r->given || r->scale_row) break;
         *r->scale = NAN;

@@ -59,31 +59,38 @@ INLINE void widen(const uint16_t *restrict x, uint32_t *restrict y, int64_t n, i
     }
 }
 
-/* The pattern of the largest magnitude and, if there is room for them, the smallest and the largest number. */
-INLINE void range_of(const float *restrict x, int64_t n, uint32_t *top, float *low, float *high) {
+/* The pattern of the largest magnitude of float32s or, where `half`, of bfloat16s, as a float32's. */
+INLINE uint32_t top_of(const void *x, int half, int64_t n) {
     uint32_t most = 0;
-    if (!low) {
+    if (half) {
 #pragma omp simd reduction(max : most)
         for (int64_t i = 0; i < n; i++) {
-            const uint32_t u = bits_of(x[i]) & ~SIGN;
+            const uint32_t u = ((const uint16_t *)x)[i] & 0x7FFF;
             most = u > most ? u : most;
         }
-    } else {
-        float least = x[0], last = x[0];
-#pragma omp simd reduction(max : most, last) reduction(min : least)
-        for (int64_t i = 0; i < n; i++) {
-            const uint32_t u = bits_of(x[i]) & ~SIGN;
-            most = u > most ? u : most;
-            least = x[i] < least ? x[i] : least;
-            last = x[i] > last ? x[i] : last;
-        }
-        *low = least, *high = last;
+        return most << 16;
     }
-    *top = most;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t u = bits_of(((const float *)x)[i]) & ~SIGN;
+        most = u > most ? u : most;
+    }
+    return most;
+}
+
+/* The same, and the smallest and the largest number. */
+INLINE void range_of(const float *restrict x, int64_t n, uint32_t *top, float *low, float *high) {
+    float least = x[0], last = x[0];
+#pragma omp simd reduction(max : last) reduction(min : least)
+    for (int64_t i = 0; i < n; i++) {
+        least = x[i] < least ? x[i] : least;
+        last = x[i] > last ? x[i] : last;
+    }
+    *top = top_of(x, 0, n), *low = least, *high = last;
 }
 
 int octavo_quantize_rows(const Rows *r, int isa, int threads);
-void octavo_quantize_some(const Rows *r, int64_t from, int64_t to, float *buffer, int isa);
+void octavo_quantize_some(const Rows *r, int64_t from, int64_t to, uint8_t *codes, float *buffer, int isa);
 int64_t octavo_row_buffer(const Rows *r);
 
 #endif
