@@ -35,7 +35,7 @@ NAMES = [
 ]
 WEIGHTS, ROWS = ((576, 576), (576, 1536), (1536, 576), (2048, 2048)), (1, 16, 128, 512)
 LARGE = 128  # rows from which on a target holds for every shape
-COMPILED = ("int8-dynamic", "int8-weight-only")
+INT8 = ["int8-dynamic"]
 NUMBERS = 1 << 24
 FORMATS = ("E4M3FN", "E4M3", "E5M2", "E3M4", "E2M5", "INT8")
 HEAD = ", head too"
@@ -157,18 +157,19 @@ def others(arguments: argparse.Namespace) -> Section:
 def compiled(arguments: argparse.Namespace) -> Section:
     """The same under ``torch.compile``, with a static cache for decoding; "head too": the output head in 8 bits.
 
-    All are compiled, one after the other, before the first turn; a minute or two each. Everyone has a process of its
-    own.
+    Everyone has a process of its own; they are compiled one after the other, before the first turn. Nothing is compiled
+    twice: it is inductor's Python that takes its time, one thread, layer by layer, torchao's longest.
     """
     race = Race(f"{linear.BASELINE}, compiled")
     opened = open_model("demo").model
     task = language.prompt(opened)
     with tempfile.TemporaryDirectory() as folder, children(arguments) as apart:
         stored = language.Stored.of(opened, Path(folder))
-        entered = [one for one in language.compiled(stored, COMPILED, task) if one.unit != "FP32"]
-        both = language.compiled(stored, COMPILED, task, head=True)
-        entered += [replace(one, name=f"{one.name}{HEAD}") for one in both if one.name.startswith(COMPILED)]
-        entered += peers.language(installed(arguments), stored, task, apart.threads, compiled=True)
+        entered = [one for one in language.compiled(stored, INT8, task) if one.unit != "FP32"]
+        both = language.compiled(stored, INT8, task, head=True)
+        entered += [replace(one, name=f"{one.name}{HEAD}") for one in both if one.name.startswith(INT8[0])]
+        them = peers.language(installed(arguments), stored, task, apart.threads, compiled=True)
+        entered += [one for one in them if one.name in (f"{TORCHAO}{linear.COMPILED}", TRANSLATE, LLAMA)]
         race.run(apart.apart(entered), language.work(task), arguments.repeats or 7, bar)
     ours, prefill, decode = "int8-dynamic, compiled", language.PREFILL, language.DECODE
 

@@ -23,6 +23,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(performance, "open_model", lambda name: SimpleNamespace(model=models.llama()))
     monkeypatch.setattr(performance, "bar", lambda items, label: items)
     monkeypatch.setattr(torch, "compile", lambda model, **told: model)  # minutes, and not what is tested
+    monkeypatch.setattr(performance.Children, "apart", lambda children, entered: entered)  # nor are processes
     monkeypatch.setattr(roofline, "measure", lambda: roofline.Roofline(1e10, {"INT8": 1e12, "BF16": 1e12}))
     monkeypatch.setattr(roofline, "cache_size", lambda: 1)
     return tmp_path

@@ -11,7 +11,6 @@ be picklable: names, sizes and files rather than models. Every child holds a cop
 large models measure few contenders at a time.
 """
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -35,6 +34,7 @@ from octavo.errors import OctavoError
 
 PATIENCE = 1200.0  # seconds for an answer: compilation takes minutes
 SLOW = 10.0  # seconds after which the user is told what is waited for
+GRACE = 3.0  # seconds to end in
 LAST_WORDS = 160  # letters
 PR_SET_PDEATHSIG = 1
 
@@ -59,7 +59,9 @@ class Children:
 
     def __exit__(self, *_: object) -> None:
         for child in self._running.values():
-            child.end()
+            child.let_go()
+        for child in self._running.values():
+            child.end(grace=GRACE)
         self._running.clear()
         self._logs.cleanup()
 
@@ -138,9 +140,15 @@ class _Child:
             raise OctavoError(answer)
         return answer
 
-    def end(self, why: str = "its process was ended") -> None:
-        """Kill it, if it lives."""
+    def let_go(self) -> None:
+        """It is not needed any more: once it has noticed, it tidies up and ends."""
+        self.pipe.close()
+        self._signal("SIGCONT")
+
+    def end(self, why: str = "its process was ended", grace: float = 0) -> None:
+        """Kill it, if it lives after so many seconds."""
         self.ended = self.ended or why
+        self.process.join(grace)
         self.process.kill()
         self.process.join()
         self.pipe.close()
@@ -160,9 +168,8 @@ class _Child:
 
     def _signal(self, name: str) -> None:
         number = getattr(signal, name, None)  # Windows has neither
-        if number is not None and self.process.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process.pid, number)
+        if number is not None and self.process.pid is not None and self.process.is_alive():
+            os.kill(self.process.pid, number)
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").split("\n") if self.log.exists() else []
