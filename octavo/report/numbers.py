@@ -8,14 +8,16 @@ from octavo.analysis.comparison import Comparison
 
 @dataclass(frozen=True)
 class Units:
-    """How a cost is said: of a language model as perplexity in percent, of any other as its loss.
+    """How a cost is said: of a language model as perplexity in percent, of any other as its loss, or as noise.
 
     ``whole``: what a loss's increase is called; ``unit``: its unit. ``part``: the same for one layer's cost alone.
+    ``noise``: there is no loss, and a cost is a share of the outputs' power.
     """
 
     percent: bool
     whole: str
     part: str
+    noise: bool = False
 
     @property
     def unit(self) -> str:
@@ -30,10 +32,12 @@ class Units:
 
     def said(self, loss: float | None, error: float | None = None) -> str:
         """An increase of the loss in words, with its standard error if there is one: ``+0.24 ± 0.07 %``."""
-        told = signed(self.increase(loss))
+        say = signed if self.percent else two_digits
+        told = say(self.increase(loss))
+        told = told.lstrip("+") if self.noise else told
         if loss is None or not math.isfinite(loss):
             return told
-        return told + (f" ± {signed(self.increase(error)).lstrip('+')}" if error else "") + self.unit
+        return told + (f" ± {say(self.increase(error)).lstrip('+')}" if error else "") + self.unit
 
     def one(self, cost: float | None) -> str:
         """One layer's cost."""
@@ -43,12 +47,13 @@ class Units:
 def units(comparison: Comparison) -> Units:
     """The units that suit a comparison."""
     percent = comparison.perplexity is not None
-    whole = "increase of perplexity" if percent else "increase of the loss"
+    noise = comparison.loss is None
+    whole = "increase of perplexity" if percent else "noise in the outputs" if noise else "increase of the loss"
     if comparison.divergence is not None:
         part = f"{comparison.divergence}, in thousandths"
     else:
         part = "increase of the loss, in thousandths" + (" of a nat" if percent else "")
-    return Units(percent, whole, part)
+    return Units(percent, whole, part, noise)
 
 
 def short(value: float | None) -> str:
@@ -76,6 +81,13 @@ def signed(value: float | None) -> str:
         return f"{'+' if value > 0 else '−'}{short(abs(value))}"
     text = f"{value:+.3f}" if abs(value) < 0.01 else f"{value:+.2f}" if abs(value) < 10 else f"{value:+.1f}"
     return "0" if not float(text) else text.replace("-", "−")
+
+
+def two_digits(value: float | None) -> str:
+    """An increase in units of any size: with its sign, and at least two digits that count."""
+    if value is None or not math.isfinite(value) or value == 0:
+        return short(value)
+    return f"{'+' if value > 0 else '−'}{abs(value):.2g}" if abs(value) < 100 else signed(value)
 
 
 def megabytes(size: float | None) -> str:

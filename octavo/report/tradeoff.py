@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from octavo.report import svg
-from octavo.report.numbers import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -188,5 +187,5 @@ def _told(points: Sequence[Point], unit: str) -> str:
     said = []
     for p in sorted(points, key=lambda p: p.cost):
         time = "" if p.time is None else f", {p.time:.2f} times the float model's time"
-        said.append(f"{p.name}: {short(p.cost)}{unit}, {p.megabytes:.1f} MB{time}")
+        said.append(f"{p.name}: {p.cost:.2g}{unit}, {p.megabytes:.1f} MB{time}")
     return "; ".join(said)

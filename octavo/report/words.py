@@ -66,6 +66,8 @@ GLOSSARY: dict[str, str] = {
     "how many next words it hesitates, so to speak; one per cent more is hardly noticed, ten are.",
     "divergence": "how far the rounded model’s predictions are from the original’s (Kullback-Leibler, in nats): 0 is "
     "the same. A thousandth of a nat is roughly a tenth of a per cent of perplexity.",
+    "noise in the outputs": "of models that are judged by no loss: the power of what the rounding changes, as a share "
+    "of the outputs’ power. 0.0001 is a change by a hundredth, on average.",
     "SQNR": "signal-to-quantization-noise ratio, in decibels: how much larger the numbers are than their rounding "
     "errors. 20 dB: the errors are a tenth; 40 dB: a hundredth. Every 6 dB are worth one bit.",
     "budget": "by how much the loss may grow at most. The search looks for the fastest, or smallest, mix within it.",

@@ -178,7 +178,19 @@ def test_a_rounded_language_model_is_said_in_percent():
     assert unit.said(-0.0002) == "−0.02 %"
     assert unit.said(None) == "–"
     assert unit.said(math.inf) == "∞"
-    assert numbers.units(samples.comparison(["a"], language=False)).said(0.0024) == "+0.002"
+
+
+def test_a_loss_is_said_in_its_own_unit_and_where_there_is_none_the_noise():
+    loss = numbers.units(samples.comparison(["a"], language=False))
+    assert [loss.said(x) for x in (0.0024, -3.1e-5, 0.0, 25.0, 1234.5)] == ["+0.0024", "−3.1e-05", "0", "+25", "+1,234"]
+    assert loss.said(0.0024, 2e-4) == "+0.0024 ± 0.0002"
+    assert loss.whole == "increase of the loss"
+    words = "noise in the outputs, a share of their power"
+    compared = samples.comparison(["a"], language=False, loss=None, divergence=words)
+    noise = numbers.units(compared)
+    assert noise.whole == "noise in the outputs" and noise.said(3.1e-5) == "3.1e-05"
+    read = page(compared, samples.choice(compared, budget=0.001, increase=3.1e-5, error=0.0)).decode()
+    assert "3.1e-05" in read and "within the budget of 0.001" in read and "increase of the loss" not in read
 
 
 @pytest.mark.parametrize(
