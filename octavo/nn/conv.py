@@ -115,6 +115,7 @@ class QuantizedConv(QuantizedLayer):
         """``x`` [N, in, …] or [in, …] to [N, out, …] or [out, …], in ``x``'s dtype."""
         if self._is_sample(x):
             return self.forward(x[None])[0]
+        self.check_place(x)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.around, self.padding_mode), (0,) * len(self.kernel_size)
@@ -261,6 +262,7 @@ class QuantizedConvTranspose(QuantizedConv):
         """``x`` [N, in, …] or [in, …] to [N, out, …] or [out, …], in ``x``'s dtype; ``output_size`` as for torch."""
         if self._is_sample(x):
             return self.forward(x[None], output_size)[0]
+        self.check_place(x)
         padding = cast(tuple[int, ...], self.padding)
         extra = self._extra(x, padding, output_size)
         if self.scheme.input is None:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from octavo import ops
 from octavo.core.cast import quantize_scaled, quantize_unchecked
-from octavo.core.layer import TABLES
+from octavo.core.layer import Constants
 from octavo.core.qtensor import QTensor
 from octavo.core.schemes import Scheme, describe
 from octavo.errors import OctavoError
 
 # what ``Module.to(dtype)`` must not touch
-KEPT = ("codes", "scale", "zero_point", "input_scale", "input_zero_point", *TABLES)
+KEPT = ("codes", "scale", "zero_point", "input_scale", "input_zero_point", *Constants._fields)
 
 
 class QuantizedLayer(nn.Module):
@@ -143,6 +143,13 @@ class QuantizedLayer(nn.Module):
             return quantize_unchecked(x, how)
         return quantize_scaled(x, how, self.input_scale, self.input_zero_point)
 
+    def check_place(self, x: Tensor) -> None:
+        """Raise ``OctavoError`` where ``x`` is on meta and the layer is not, or in part: torch would give a result."""
+        for name, tensor in self._buffers.items():
+            if tensor is not None and tensor.is_meta is not x.is_meta:
+                where = f"the input is on meta and {name}" if x.is_meta else f"{name} is on meta and the input"
+                raise OctavoError(f"{self}: {where} is not. Load or move all of them before the layer runs")
+
     def activate(self, y: Tensor) -> Tensor:
         """Hold the results to ``clamp``, in place: the last of ``forward``."""
         return y if self.clamp is None else y.clamp_(*self.clamp)
@@ -162,4 +169,4 @@ class QuantizedLayer(nn.Module):
 def tables_of(module: nn.Module) -> set[int]:
     """The ids of a layer's tables of numbers, which belong to its formats, as code does, and not to its weights."""
     buffers = module._buffers if isinstance(module, QuantizedLayer) else {}
-    return {id(buffers[name]) for name in TABLES if buffers.get(name) is not None}
+    return {id(buffers[name]) for name in Constants._fields if buffers.get(name) is not None}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo import ops
-from octavo.core.layer import TABLES, plan
+from octavo.core.layer import Constants, Plan, plan, scale_of_all
 from octavo.core.matmul import full_precision, multiply
 from octavo.core.qtensor import QTensor
 from octavo.core.schemes import Scheme, describe
@@ -37,9 +37,10 @@ class QuantizedLinear(QuantizedLayer):
         super().__init__(weight, bias, scheme, **calibrated)
         self.transposed = transposed
         self.out_features, self.in_features = weight.shape
-        self.plan = plan(weight, scheme.input)
-        for name in TABLES:
-            self.register_buffer(name, getattr(self.plan, name, None), persistent=False)
+        self.plan: Plan | None
+        self.plan, constants = plan(weight, scheme.input) or (None, Constants())
+        for name, tensor in constants._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
 
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:
@@ -83,24 +84,32 @@ class QuantizedLinear(QuantizedLayer):
     def _multiply(self, x: Tensor) -> Tensor:
         """``x`` cast and multiplied, with the bias, before any clamp."""
         how = self.plan
+        has: dict[str, Any] = self._buffers  # quicker than attributes
+        bias = has["bias"]
+        if x.is_meta or has["codes"].is_meta or has["scale"].is_meta or (bias is not None and bias.is_meta):
+            self.check_place(x)
         if how is not None and x.dtype != torch.float64:
-            has: dict[str, Any] = self._buffers  # quicker than attributes
             weight = ops.Weight(has["codes"], has["scale"], how.rows, how.columns, has["table"])
             if how.numbers is None:
                 if x.requires_grad and torch.is_grad_enabled():
-                    y: Tensor = _WithGradient.apply(x, weight, has["bias"], self)
+                    y: Tensor = _WithGradient.apply(x, weight, bias, self)
                     return y
-                return ops.linear_weight_only(x, weight, has["bias"])
+                return ops.linear_weight_only(x, weight, bias)
             x = x.detach() if x.requires_grad else x
-            scales = (has["input_table"], has["input_scale"], has["input_zero_point"])
-            settings = (how.affine, how.power_of_two)
-            return ops.linear(x, weight, has["bias"], how.group, how.numbers, *scales, *settings)
+            scale, zeros = has["input_scale"], has["input_zero_point"]
+            if how.whole:
+                scale = has["input_constant"]
+                if scale is None:
+                    assert self.scheme.input is not None
+                    scale, zeros = scale_of_all(x, self.scheme.input)
+            settings = (scale, zeros, how.affine, how.power_of_two)
+            return ops.linear(x, weight, bias, how.group, how.numbers, has["input_table"], *settings)
         if self.scheme.input is None:
-            bias = None if self.bias is None else self.bias.to(x.dtype)
+            bias = None if bias is None else bias.to(x.dtype)
             with full_precision(x.device.type):
                 return F.linear(x, self.quantized_weight.dequantize(x.dtype), bias)
         rows = self.quantize_input(x.reshape(x.shape[:-1].numel(), self.in_features))
-        y = multiply(rows, self.quantized_weight, self.bias, x.dtype)
+        y = multiply(rows, self.quantized_weight, bias, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -240,11 +240,12 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def _check(layer: Layer, scheme: Scheme) -> None:
-    if layer.weight.is_meta:
-        raise OctavoError(f"{layer.name} is on the meta device and holds no numbers; load the weights first")
     for name, tensor in (("weight", layer.weight), ("bias", getattr(layer.module, "bias", None))):
         if tensor is None or tensor.numel() == 0:
             continue
+        if tensor.is_meta:
+            what = layer.name if name == "weight" else f"{layer.name}.{name}"
+            raise OctavoError(f"{what} is on the meta device and holds no numbers; load the weights first")
         if not all(edge.float().isfinite() for edge in torch.aminmax(tensor.detach())):  # one pass; NaN wins both
             bad = int((~tensor.float().isfinite()).sum())
             beyond = " or numbers beyond float32" if tensor.dtype == torch.float64 else ""

@@ -526,3 +526,52 @@ def test_a_convolution_whose_weight_is_computed():
 def test_every_kind_has_an_eight_bit_form():
     for kinds, ours in ((CONVOLUTIONS, QuantizedConv), (TRANSPOSED, QuantizedConvTranspose)):
         assert all(swap.KINDS[kind] is ours for kind in kinds.values())
+
+
+def layers_for_gradients():
+    yield nn.Conv2d(8, 8, 3, padding=1), (2, 8, 6, 6)
+    yield nn.Conv2d(8, 8, 3, groups=8), (2, 8, 6, 6)  # by torch, of unscaled numbers
+    yield nn.ConvTranspose1d(8, 4, 3, stride=2), (2, 8, 6)
+    yield nn.Conv1d(8, 4, 3), (8, 6)
+
+
+@pytest.mark.parametrize("name", ["int8-weight-only", "fp8-weight-only"])
+@pytest.mark.filterwarnings("error")
+def test_floats_get_their_gradient(name):
+    """As in linear layers: that of the float convolution with the weight that the codes stand for."""
+    for layer, shape in layers_for_gradients():
+        ours, x = eight_bit(layer, schemes.get(name)), torch.randn(shape, requires_grad=True)
+        y = ours(x)
+        upstream = torch.randn_like(y)
+        (found,) = torch.autograd.grad(y, x, upstream)
+        (expected,) = torch.autograd.grad(ours.to_float()(x), x, upstream)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "scheme", [schemes.INT8_DYNAMIC, schemes.FP8_CSCALE, AFFINE, schemes.W8A16, "patches"], ids=str
+)
+@pytest.mark.filterwarnings("error")
+def test_codes_have_no_gradient(scheme):
+    """As in linear layers: the result does not pretend to have one, and its numbers are those without one."""
+    patches = Scheme(Cast("INT8", PerChannel(0)), Cast("INT8", PerGroup(8)))
+    scheme = patches if scheme == "patches" else schemes.get(scheme)
+    for layer, shape in layers_for_gradients():
+        ours, x = eight_bit(layer, scheme), torch.randn(shape)
+        y = ours(x.clone().requires_grad_())
+        assert not y.requires_grad
+        assert torch.equal(y, ours(x))
+
+
+@pytest.mark.parametrize("name", ["int8-dynamic", "int8-weight-only", "fp8-cscale"])
+@pytest.mark.parametrize("part", ["bias", "scale", "codes", "input"])
+def test_half_on_meta(name, part):
+    for layer, shape in layers_for_gradients():
+        ours, x = eight_bit(layer, schemes.get(name)), torch.randn(shape)
+        if part == "input":
+            x = x.to("meta")
+        else:
+            setattr(ours, part, getattr(ours, part).to("meta"))
+        with pytest.raises(OctavoError, match=r"QuantizedConv.*\(8, .* on meta"):
+            ours(x)
+        assert ours.to("meta")(x.to("meta")).is_meta

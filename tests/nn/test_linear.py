@@ -283,3 +283,58 @@ def test_calibrated_scales_are_needed():
     weight = quantize_unchecked(layer.weight, schemes.INT8_DYNAMIC.weight)
     with pytest.raises(OctavoError, match="int8-dynamic has no calibrated input scales"):
         QuantizedLinear.replacing(layer, weight, schemes.INT8_DYNAMIC, input_scale=torch.ones(1))
+
+
+META = ("int8-dynamic", "int8-weight-only", "fp8-cscale", "w8a16")
+
+
+@pytest.mark.parametrize("name", META)
+@pytest.mark.parametrize("part", ["bias", "scale", "codes", "input"])
+def test_half_on_meta(name, part):
+    """torch would compute with what is not there, and give a result."""
+    ours = QuantizedLinear.from_float(nn.Linear(100, 24), schemes.get(name))
+    x = torch.randn(4, 100)
+    if part == "input":
+        x = x.to("meta")
+    else:
+        setattr(ours, part, getattr(ours, part).to("meta"))
+    with pytest.raises(OctavoError, match=r"QuantizedLinear\(in_features=100.* on meta"):
+        ours(x)
+    assert ours.to("meta")(x.to("meta")).is_meta
+
+
+def test_formats_tables_move_with_the_layer():
+    """All that the one call takes is a buffer: nothing of the plan is a tensor that stays behind."""
+    for name in ("fp8-dynamic", "fp8-cscale", "int8-weight-only", "int8-static"):
+        scheme = schemes.get(name)
+        layer = nn.Linear(16, 8)
+        calibrated = {"input_scale": torch.ones(1)} if scheme.static else {}
+        weight = quantize_unchecked(layer.weight, scheme.weight)
+        ours = QuantizedLinear.replacing(layer, weight, scheme, **calibrated)
+        assert not any(isinstance(value, torch.Tensor) for value in vars(ours.plan).values())
+        assert all(tensor.is_meta for tensor in copy.deepcopy(ours).to("meta").buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["fp8-cscale", "smoothquant-o2"])
+def test_one_scale_for_all_rows_in_one_call(name, dtype, monkeypatch):
+    """The long way's numbers, without going it."""
+    scheme = schemes.get(name)
+    ours = QuantizedLinear.from_float(nn.Linear(100, 24).to(dtype), scheme)
+    for shape in [(1, 100), (100,), (5, 100), (2, 3, 100), (0, 100)]:
+        x = torch.randn(shape).to(dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(ours, "plan", None)
+            expected = ours(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(ours, "quantize_input", None)
+            assert torch.equal(ours(x), expected)
+
+
+def test_one_graph_with_one_scale_for_all_rows():
+    ours = QuantizedLinear.from_float(nn.Linear(16, 8), schemes.SMOOTHQUANT_O2)
+    torch.compiler.reset()
+    compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (1, 2, 5):
+        x = torch.randn(rows, 16)
+        assert torch.equal(compiled(x), ours(x))

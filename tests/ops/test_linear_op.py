@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 import octavo as ov
 from octavo import ops
+from octavo.core.cast import quantize_unchecked
 from octavo.core.granularity import PerBlock, PerGroup, PerTensor, PerToken
-from octavo.core.layer import plan
+from octavo.core.layer import plan, scale_of_all
 from octavo.core.matmul import multiply
-from octavo.core.scaling import Current, Static
+from octavo.core.scaling import Constant, Current, Static
 
 FORMATS = ("INT8", "E4M3FN", "E5M2", "E3M4", "E2M5", "E4M3FNUZ", "HFP8_143")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,17 +31,19 @@ def layer(weight, input, n, k, bias=True, dtype=torch.float32, seed=0, granulari
 
 
 def in_one_call(x, q, how, bias, scale=None, zero=None):
-    p = plan(q, how)
-    assert p is not None
-    weight = ops.Weight(q.codes, q.scale, p.rows, p.columns, p.table)
+    p, constants = plan(q, how)
+    weight = ops.Weight(q.codes, q.scale, p.rows, p.columns, constants.table)
     if how is None:
         return ops.linear_weight_only(x, weight, bias)
-    return ops.linear(x, weight, bias, p.group, p.numbers, p.input_table, scale, zero, p.affine, p.power_of_two)
+    if p.whole:
+        scale, zero = (constants.input_constant, None) if how.scale == Constant(0.02) else scale_of_all(x, how)
+    given = (constants.input_table, scale, zero, p.affine, p.power_of_two)
+    return ops.linear(x, weight, bias, p.group, p.numbers, *given)
 
 
 def step_by_step(x, q, how, bias, scale=None, zero=None):
     rows = x.reshape(-1, x.shape[-1])
-    a = ov.quantize(rows, how) if scale is None else ov.quantize_scaled(rows, how, scale, zero)
+    a = quantize_unchecked(rows, how) if scale is None else ov.quantize_scaled(rows, how, scale, zero)
     return multiply(a, q, bias, x.dtype).view(*x.shape[:-1], -1)
 
 
@@ -91,6 +94,27 @@ def test_static_scales(format, affine, dtype):
     assert scale.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [Constant(0.02), Current(), Current(power_of_two=True)], ids=str)
+@pytest.mark.parametrize(("format", "affine"), [("INT8", False), ("INT8", True), ("E4M3FNUZ", False), ("E3M4", False)])
+def test_one_scale_for_all_rows(format, affine, scale, dtype):
+    """Constant or of the rows at hand: no long way, and no bit that differs from it, whatever breaks."""
+    how = ov.Cast(ov.formats.get(format), PerTensor(), scale, affine=affine)
+    q, _, bias = layer(format, None, 40, 90, True, dtype, granularity=PerTensor())
+    if affine and scale == Constant(0.02):
+        assert plan(q, how) is None  # its zero points are zero, and nobody asks for it
+        return
+    for shape in [(1, 90), (90,), (3, 90), (2, 17, 90), (1, 1, 90)]:
+        x = numbers(*shape, dtype=dtype) * 3
+        for broken in (0.0, torch.inf, torch.nan):
+            x[..., 0, 5].add_(broken) if x.dim() > 1 else x[5].add_(broken)
+            found, expected = in_one_call(x, q, how, bias), step_by_step(x, q, how, bias)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+            assert found.isnan().all() == (broken != 0)
+    assert in_one_call(x[:0] if x.dim() > 1 else x, q, how, bias).numel() == 0
+    assert torch.equal(in_one_call(numbers(2, 90, dtype=dtype) * 0, q, how, None), torch.zeros(2, 40, dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("format", FORMATS)
 def test_weight_only(format, dtype):
@@ -126,8 +150,8 @@ def test_given_scales_of_any_size(value, point):
 def test_blocks_longer_than_sums_of_integers():
     q, _, _ = layer("INT8", None, 3, 200_000, granularity=PerGroup(100_000))
     x = numbers(2, 200_000, dtype=torch.bfloat16)
-    p = plan(q, None)
-    weight = ops.Weight(q.codes, q.scale, p.rows, p.columns, p.table)
+    p, constants = plan(q, None)
+    weight = ops.Weight(q.codes, q.scale, p.rows, p.columns, constants.table)
     truth = (x.double() @ q.dequantize(torch.float64).T).bfloat16()
     for call in (torch.ops.octavo.linear_weight_only, ops.reference.linear_weight_only):
         torch.testing.assert_close(call(x, *weight, None), truth, rtol=0.02, atol=0.1)
@@ -187,9 +211,9 @@ def test_without_kernels_the_same(scheme, monkeypatch):
 def test_opcheck(dtype, shape):
     q, _, bias = layer("E4M3FN", None, 8, 16, True, dtype)
     x = numbers(*shape, dtype=dtype)
-    p = plan(q, ov.Cast(ov.formats.INT8, PerGroup(8)))
-    weight = ops.Weight(q.codes, q.scale, p.rows, p.columns, p.table)
-    arguments = (x, *weight, bias, p.input_table, None, None, p.group, p.affine, p.power_of_two, *p.numbers)
+    p, constants = plan(q, ov.Cast(ov.formats.INT8, PerGroup(8)))
+    weight = ops.Weight(q.codes, q.scale, p.rows, p.columns, constants.table)
+    arguments = (x, *weight, bias, constants.input_table, None, None, p.group, p.affine, p.power_of_two, *p.numbers)
     torch.library.opcheck(torch.ops.octavo.linear.default, arguments)
     torch.library.opcheck(torch.ops.octavo.linear_weight_only.default, (x, *weight, bias))
     rows = x.reshape(-1, 16)

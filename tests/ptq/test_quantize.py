@@ -247,6 +247,10 @@ def test_meta():
     with torch.device("meta"):
         model = models.Plain()
     unchanged(model, "int8-dynamic", "first is on the meta device")
+    half = models.Plain()
+    half.first.bias = torch.nn.Parameter(half.first.bias.to("meta"))
+    with pytest.raises(OctavoError, match=r"first\.bias is on the meta device"):
+        ov.quantize_(half, "int8-dynamic")
 
 
 @pytest.mark.parametrize(
