@@ -179,7 +179,7 @@ def test_a_parent_that_is_killed_leaves_nobody(tmp_path):
         [sys.executable, tmp_path / "parent.py"],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)},
     )
     assert said.returncode == -signal.SIGKILL
     assert becomes(int(said.stdout), "", "Z")
