@@ -60,11 +60,11 @@ class Question:
 QUESTIONS = (
     Question("all 8-bit formats, every layer in 8 bits", EVERY, 0.0029, 0.3),
     Question("INT8 a channel and a token, or E4M3, every layer in 8 bits", FAST, 0.009, 1.0),
-    Question("the same, with as few weights as can be left as they are", (*FAST, None), 0.0028, 0.3, True, "bytes"),
+    Question("the same, with as few weights as can be left as they are", (*FAST, None), 0.0029, 0.3, True, "bytes"),
     Question(
         "the same, all weights in 8 bits, but some layers with inputs as they are (W8A16)",
         (*FAST, WEIGHT_ONLY, *SMOOTHED_WEIGHTS),
-        0.0028,
+        0.0029,
         0.3,
     ),
 )

@@ -39,7 +39,7 @@ from octavo.ptq import stacks
 from octavo.ptq.rules import Rule
 
 STEPS = 8  # mixes that are measured
-NEAR = 0.85  # a mix that uses this much of the budget is near enough to the best
+NEAR = 0.9  # a mix that uses this much of the budget is near enough to the best
 SMALLER = 1e-3  # how much the other objective counts, where the first says nothing
 FLOAT = Candidate(None)
 GPTQ = "weights rounded by data (gptq)"
