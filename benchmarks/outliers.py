@@ -42,6 +42,7 @@ WAYS: dict[str, Any] = {
     "E4M3 dynamic": "fp8-dynamic",
     "INT8, weights only": "int8-weight-only",
 }
+Section = dict[str, Any]  # a table's "head" and "rows", and a "note" below it
 
 
 def windows(tokenizer: Any, count: int, length: int) -> torch.Tensor:
@@ -49,7 +50,7 @@ def windows(tokenizer: Any, count: int, length: int) -> torch.Tensor:
     return text.windows(tokenizer, text.default_text(), length, count)
 
 
-def planted() -> str:
+def planted() -> Section:
     """Losses before and after outliers are planted, and the share of the naive scheme's that each way recovers."""
     source = open_model("demo", torch.float32)
     halves = text.split(text.read_text(None))
@@ -78,7 +79,7 @@ def planted() -> str:
         for name, (own, hurt) in losses.items()
     ]
     head = ["scheme", "perplexity", "with outliers planted", "nats lost", "of the naive loss recovered"]
-    return markdown(head, rows)
+    return {"head": head, "rows": rows}
 
 
 def recovered(naive: float, loss: float, exact: float) -> float:
@@ -87,7 +88,7 @@ def recovered(naive: float, loss: float, exact: float) -> float:
 
 
 @torch.no_grad()
-def speed() -> str:
+def speed() -> Section:
     """Median milliseconds and their ratios, and in how many layers there were outliers."""
     source = open_model("demo", torch.bfloat16)
     ids = windows(source.tokenizer, 1, 512)
@@ -116,12 +117,12 @@ def speed() -> str:
     seen = find_outliers(source.model, [{"input_ids": ids}])
     large = sum(len(x.names) for x in seen.of_layers if x.dimensions)
     whole = sum(len(x.names) for x in seen.of_layers)
-    table = markdown(["what", "scheme", "ms", "spread", "× int8-dynamic"], rows)
-    return f"{table}\n\n{large} of {whole} layers have outliers in this prefill."
+    note = f"{large} of {whole} layers have outliers in this prefill."
+    return {"head": ["what", "scheme", "ms", "spread", "× int8-dynamic"], "rows": rows, "note": note}
 
 
 @torch.no_grad()
-def ablation() -> str:
+def ablation() -> Section:
     """Perplexity and the mean largest attention probability without the outlier dimensions, and without random ones."""
     source = open_model("demo", torch.float32)
     model: Any = source.model
@@ -143,7 +144,7 @@ def ablation() -> str:
         with without(model, dict.fromkeys(hidden, dimensions), how):
             nats, peak = perplexity(model, judged).loss, attention_peak(model, judged)
         rows.append([name, ", ".join(map(str, dimensions)), f"{math.exp(nats):.2f}", f"{peak:.3f}"])
-    return markdown(["taken away", "dimensions", "perplexity", "largest attention probability"], rows)
+    return {"head": ["taken away", "dimensions", "perplexity", "largest attention probability"], "rows": rows}
 
 
 def _within(model: nn.Module, name: str) -> bool:
@@ -152,7 +153,7 @@ def _within(model: nn.Module, name: str) -> bool:
     return model.get_submodule(name) is not head
 
 
-SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
+SECTIONS: dict[str, tuple[str, Callable[[], Section]]] = {
     "planted": (
         f"""Outliers planted
 
@@ -179,9 +180,14 @@ against as many random ones.""",
 }
 
 
+def shown(section: Section) -> str:
+    """A section's table and note as Markdown."""
+    return "\n\n".join([markdown(section["head"], section["rows"]), *filter(None, [section.get("note")])])
+
+
 def page(results: dict[str, Any]) -> str:
     """docs/outliers.md."""
-    sections = [f"## {told}\n\n{results[key]}\n" for key, (told, _) in SECTIONS.items() if key in results]
+    sections = [f"## {told}\n\n{shown(results[key])}\n" for key, (told, _) in SECTIONS.items() if key in results]
     return f"""# Outliers
 
 Made by `python -m benchmarks.outliers` on SmolLM2-135M-Instruct. {results["machine"]}.
@@ -196,7 +202,7 @@ def main(chosen: list[str]) -> None:
     results["machine"] = f"{here.processor}; torch {here.torch}"
     for what in chosen or SECTIONS:
         results[what] = SECTIONS[what][1]()
-        print(results[what], flush=True)
+        print(shown(results[what]), flush=True)
         FILE.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         FILE.with_suffix(".md").write_text(page(results))
 

@@ -42,6 +42,13 @@ def test_windows_are_spread():
 
 def test_the_page_of_outliers_keeps_what_was_not_measured_again():
     assert outliers.recovered(4.0, 2.05, 2.0) == pytest.approx(97.5)
-    page = outliers.page({"machine": "here", "speed": "| a |", "planted": "| b |"})
-    assert page.index("Outliers planted") < page.index("| b |") < page.index("What taking") < page.index("| a |")
+    given = {"speed": {"head": ["a"], "rows": [["1"]], "note": "So."}, "planted": {"head": ["b"], "rows": [["2"]]}}
+    page = outliers.page({"machine": "here", **given})
+    assert (
+        page.index("Outliers planted")
+        < page.index("| b |")
+        < page.index("What taking")
+        < page.index("| a |")
+        < page.index("So.")
+    )
     assert "good for" not in page
