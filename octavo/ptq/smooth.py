@@ -318,13 +318,18 @@ class _Work:
             total += float(error.double().square().sum())
         return total
 
+    @torch.no_grad()
     def obstacle(self) -> str | None:
-        """Why the scale cannot be applied, or None."""
+        """Why the scale cannot be applied, or None; each parameter is written to as it is."""
         if not bool(self.scale.isfinite().all()):
             return f"{self.pair.source}: the weights that read it hold NaN or Inf"
         for name, parameter, change in self.changes():
             if not bool(change(parameter).isfinite().all()):
                 return f"{name} would not hold finite numbers of {str(parameter.dtype).removeprefix('torch.')}"
+            try:
+                parameter.copy_(parameter.clone())
+            except RuntimeError as error:  # made in inference mode, say, or one number expanded
+                return f"{name} cannot be written to: {str(error).partition('.')[0]}"
         return None
 
     def parameters(self) -> list[Tensor]:

@@ -270,6 +270,20 @@ def test_other_layers_are_named():
     assert smooth_(model, [torch.randn(2, 3, 1)]).left == {"0": "it is no linear layer, and only those are smoothed"}
 
 
+def test_weights_that_cannot_be_written_to():
+    model, data = block(), [torch.randn(7, 4)]
+    with torch.inference_mode():
+        model[3] = copy.deepcopy(model[3])
+    before = state(model)
+    with pytest.raises(OctavoError, match=r"3\.weight cannot be written to: Inplace update to inference tensor"):
+        smooth_(model, data, 0.5)
+    assert same(before, state(model))
+    model = block()
+    model[2].weight = nn.Parameter(torch.ones(1).expand(6), requires_grad=False)
+    with pytest.raises(OctavoError, match=r"2\.weight cannot be written to"):
+        smooth_(model, data, 0.5)
+
+
 def pressing(monkeypatch, places):
     """From now on Ctrl-C is pressed before each of these changes of a weight, counted by calls of ``copy_``."""
     calls, own = [], torch.Tensor.copy_
