@@ -66,8 +66,10 @@ def attention_peak(model: nn.Module, windows: Tensor, batch: int = 4, track: Tra
     """The largest attention probability of a token, on average over tokens, heads and layers; first tokens left out.
 
     ``windows`` [count, length] of tokens go into a transformers model, which has to give its attention away
-    (``attn_implementation="eager"``). Raises ``OctavoError`` if it does not.
+    (``attn_implementation="eager"``). Raises ``OctavoError`` if it does not, and for windows of less than two tokens.
     """
+    if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
+        raise OctavoError(f"windows are [count, length] of two tokens and more, not {list(windows.shape)}")
     total, count = 0.0, 0
     parts: Iterable[Tensor] = list(windows.split(batch))
     with evaluating(model):

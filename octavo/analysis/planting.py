@@ -23,6 +23,7 @@ from octavo.core.granularity import PerChannel
 from octavo.errors import OctavoError
 from octavo.nn.linear import QuantizedLinear
 from octavo.ptq.pairs import Pair, find
+from octavo.ptq.trial import Move, unfit
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def plant_outliers_(
     two that brings it nearest to ``size``. ``channels``: which, or how many, chosen by ``generator``. Raises
     ``OctavoError``, before anything is changed, if no norm can be scaled, or if it has no such channels.
     """
-    pairs = [pair for pair in find(model, example, call)[0] if pair.kind == "norm"]
+    pairs = _norms(model, example, call)
     if not pairs:
         raise OctavoError(f"{type(model).__name__} has no norm that only linear layers read; there is nowhere to plant")
     channelwise = Cast(INT8, PerChannel(-1))
@@ -77,6 +78,18 @@ def plant_outliers_(
     for pair, factors in zip(pairs, planted, strict=True):
         _scale(model, pair, factors)
     return Planted(tuple(pairs), tuple(planted))
+
+
+def _norms(model: nn.Module, example: Any, call: Call | None) -> list[Pair]:
+    """Norms whose channels only linear layers read, tried."""
+    moves = {}
+    for pair in find(model, example, call)[0]:
+        if pair.kind == "norm":
+            source = model.get_submodule(pair.source)
+            readers = {name: model.get_submodule(name) for name in pair.readers}
+            moves[pair] = Move(source, readers, torch.ones_like(source.get_parameter("weight")))
+    wrong = unfit(model, moves.values(), example, call)
+    return [pair for pair, move in moves.items() if move not in wrong]
 
 
 def _factors(largest: Tensor, channels: Sequence[int], size: float) -> dict[int, float]:

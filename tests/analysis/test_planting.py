@@ -13,6 +13,17 @@ from tests.analysis.test_outliers import tokens
 from tests.nn import models
 
 
+class Backwards(nn.Module):
+    """A linear layer reads the channels of a norm, but others than those in their places."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.linear(self.norm(x)[:, torch.arange(3, -1, -1)])
+
+
 @pytest.mark.parametrize("family", ["llama", "tied_llama", "qwen2", "gpt2", "opt"])
 def test_not_a_bit_of_the_function_changes(family):
     model = models.FAMILIES[family]()
@@ -42,6 +53,8 @@ def test_chosen_channels():
 def test_nowhere_to_plant():
     with pytest.raises(OctavoError, match="no norm"):
         planting.plant_outliers_(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(3, 4))
+    with pytest.raises(OctavoError, match="no norm"):
+        planting.plant_outliers_(Backwards().eval(), torch.randn(3, 4))
     for channels in (0, [64], [-1], []):
         with pytest.raises(OctavoError, match="channels are from 0 to 63"):
             planting.plant_outliers_(models.llama(), {"input_ids": tokens()}, channels=channels)
@@ -91,3 +104,6 @@ def test_attention_peak():
     assert ablation.attention_peak(model, ids, batch=2) == pytest.approx(float(expected), rel=1e-5)
     with pytest.raises(OctavoError, match="eager"):
         ablation.attention_peak(models.llama(attn_implementation="sdpa"), ids)
+    for windows in (ids[:, :1], ids[:0], ids[0]):
+        with pytest.raises(OctavoError, match="two tokens"):
+            ablation.attention_peak(model, windows)
