@@ -68,7 +68,8 @@ def magnitudes(
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             if x is not None and x.is_floating_point() and x.numel():
-                rows = x if x.ndim < 4 else x.flatten(1)  # a picture has one scale, as its patches have
+                beside = layer.weight.ndim - 1  # a convolution's channels and positions have one scale, as a patch has
+                rows = x if beside < 2 else x.flatten(x.ndim - beside)
                 seen[layer.name] = seen.get(layer.name, 0) + _counted(rows)
 
         return look

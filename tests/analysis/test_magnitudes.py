@@ -35,3 +35,18 @@ def test_layers_and_their_inputs():
     assert found[0].weights.total == 128 and found[0].inputs.total == 64 and found[1].inputs.total == 128
     assert magnitudes(model, layers, [])[0].inputs is None
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_shares_a_scale():
+    """A picture's numbers do, in or without a batch, and in one dimension; of a linear layer's input each vector's."""
+    cases = [
+        (nn.Conv2d(2, 4, 3), torch.rand(5, 2, 6, 7) + 1, 5),
+        (nn.Conv2d(2, 4, 3), torch.rand(2, 6, 7) + 1, 1),
+        (nn.Conv1d(2, 4, 3), torch.rand(5, 2, 9) + 1, 5),
+        (nn.Linear(7, 4), torch.rand(5, 2, 3, 7) + 1, 30),
+        (nn.Linear(7, 4), torch.rand(7) + 1, 1),
+    ]
+    for module, x, rows in cases:
+        model = nn.Sequential(module)
+        found = magnitudes(model, swap.layers(model), [x])[0].inputs
+        assert found == of(x.reshape(rows, -1)) and found.total == x.numel()
