@@ -165,7 +165,7 @@ class Table:
         cells = []
         needed = calls and any(variants.looks_at_inputs(c) for c in self.candidates)
         inputs = [x for recording in self.recordings for x in recording.inputs(layer.module)] if needed else []
-        made: dict[str, Variant] = {}
+        made: dict[str, nn.Module] = {}  # by scheme: neither smoothing nor how a weight is rounded takes time
         for candidate in self.candidates:
             why = variants.unsuitable(layer, candidate, self.smoothing.left)
             why = why or ("no data reached it" if not calls else None)
@@ -175,13 +175,16 @@ class Table:
                 cells.append(Cell(layer.name, candidate.name, excluded=why))
             else:
                 try:
-                    made[candidate.name] = Variant(layer, candidate, inputs, self._scale(layer, candidate))
+                    variant = Variant(layer, candidate, inputs, self._scale(layer, candidate))
                 except OctavoError as error:
                     cells.append(Cell(layer.name, candidate.name, excluded=str(error)))
                 else:
-                    cells.append(self._cell(layer, candidate, made[candidate.name]))
+                    cells.append(self._cell(layer, candidate, variant))
+                    made.setdefault(_kind(candidate), variant.layer)
         clock.look(layer, made, shape)
-        return [clock.timed(layer, cell, shape) for cell in cells]
+        return [
+            clock.timed(layer, cell, candidate, shape) for cell, candidate in zip(cells, self.candidates, strict=True)
+        ]
 
     def _cell(self, layer: Layer, candidate: Candidate, variant: Variant) -> Cell:
         power = noise = 0.0
@@ -207,7 +210,7 @@ class Table:
 
     def _described(self, layer: Layer, calls: int, shape: tuple[int, ...], clock: "_Clock") -> ComparedLayer:
         rows, columns = layer.matrix.shape
-        count, timing = torch.Size(shape).numel(), clock.of(layer, AS_IT_IS.name, shape)
+        count, timing = torch.Size(shape).numel(), clock.of(layer, AS_IT_IS, shape)
         convolution = layer.weight.ndim > 2  # a row a position; strides and padding left aside
         tokens = count // max(1, layer.weight.shape[1] if convolution else columns)
         return ComparedLayer(
@@ -301,28 +304,33 @@ def _numbers(batch: Any) -> int:
 
 
 class _Clock:
-    """The time of every sort of layer under every candidate, measured when the first of its sort comes by."""
+    """The time of every sort of layer under every scheme, measured when the first of its sort comes by."""
 
     def __init__(self) -> None:
         self.known: dict[str, dict[str, Timing]] = {}
 
-    def look(self, layer: Layer, made: Mapping[str, Variant], shape: tuple[int, ...]) -> None:
-        """Time the layer as it is and its variants, unless their like has been timed."""
+    def look(self, layer: Layer, made: Mapping[str, nn.Module], shape: tuple[int, ...]) -> None:
+        """Time the layer as it is and under schemes, unless their like has been timed."""
         known = self.known.setdefault(variants.sort_of(layer, shape), {})
-        new = {name: variant.layer for name, variant in made.items() if name not in known}  # norms divide for nothing
+        new = {name: way for name, way in made.items() if name not in known}
         if not shape or not (new or AS_IT_IS.name not in known):
             return
         x = torch.randn(shape, dtype=layer.weight.dtype, device=layer.weight.device)
         known |= variants.timings({AS_IT_IS.name: layer.module, **new}, x)
 
-    def of(self, layer: Layer, candidate: str, shape: tuple[int, ...]) -> Timing | None:
+    def of(self, layer: Layer, candidate: Candidate, shape: tuple[int, ...]) -> Timing | None:
         """What was measured, if it was."""
-        return self.known.get(variants.sort_of(layer, shape), {}).get(candidate)
+        return self.known.get(variants.sort_of(layer, shape), {}).get(_kind(candidate))
 
-    def timed(self, layer: Layer, cell: Cell, shape: tuple[int, ...]) -> Cell:
+    def timed(self, layer: Layer, cell: Cell, candidate: Candidate, shape: tuple[int, ...]) -> Cell:
         """The cell with its time."""
-        found = self.of(layer, cell.candidate, shape)
+        found = self.of(layer, candidate, shape)
         return cell if found is None else replace(cell, seconds=found.seconds, spread=found.spread)
+
+
+def _kind(candidate: Candidate) -> str:
+    """What decides how long a layer takes under a candidate."""
+    return Candidate(candidate.scheme).name
 
 
 def as_candidates(given: Sequence[Scheme | str | Candidate]) -> tuple[Candidate, ...]:

@@ -65,9 +65,9 @@ class Cell:
     """One layer under one candidate (its name), while all others are as they are.
 
     ``weight_sqnr``, ``output_sqnr``: dB, infinite where nothing changed. ``bytes``, ``seconds``: of this layer then, a
-    call of the size that ``ComparedLayer.rows`` says, and the fastest of a few; the usual one took longer by the share
-    ``spread``. ``excluded``: in words why the layer cannot or must not run so; then the figures that are not known are
-    None.
+    call of the size that ``ComparedLayer.rows`` says, and the fastest of some runs, which could be repeated to the
+    share ``spread``. ``excluded``: in words why the layer cannot or must not run so; then figures that are not known
+    are None.
     """
 
     layer: str

@@ -10,7 +10,6 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from octavo.ptq.quantize import quantize_
 from octavo.ptq.rules import Rule
 
 REPEATS = 25
-ENOUGH = 0.3  # seconds that one layer's timing may take, at least one run of each
+ENOUGH = 0.3  # seconds that one layer's timing may take, at least two runs of each
 
 
 class _Channels(nn.Module):
@@ -99,7 +98,10 @@ def looks_at_data(how: Candidate | Rule) -> bool:
 
 @dataclass(frozen=True)
 class Timing:
-    """The fastest of a few runs, and by what share of that the usual one, the median, was slower."""
+    """The fastest of some runs, and by what share of it the fastest of one half is slower than that of the other.
+
+    So ``spread`` says how well the fastest can be repeated; how slow the slow ones are says only how busy others were.
+    """
 
     seconds: float
     spread: float
@@ -117,9 +119,14 @@ def timings(ways: Mapping[str, nn.Module], x: Tensor) -> dict[str, Timing]:
                 torch.cuda.synchronize()
             if turn >= 0:
                 times[name].append(time.perf_counter() - began)
-        if turn >= 0 and time.perf_counter() - started > ENOUGH * len(ways):
+        if turn >= 1 and time.perf_counter() - started > ENOUGH * len(ways):
             break
-    return {name: Timing(min(found), median(found) / min(found) - 1) for name, found in times.items()}
+    return {name: _timing(found) for name, found in times.items()}
+
+
+def _timing(runs: Sequence[float]) -> Timing:
+    halves = sorted((min(runs[::2]), min(runs[1::2])))
+    return Timing(halves[0], halves[1] / halves[0] - 1)
 
 
 def sort_of(layer: Layer, shape: tuple[int, ...]) -> str:
