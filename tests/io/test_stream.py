@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import octavo as ov
 from octavo import Cast, Constant, Current, OctavoError, PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 from octavo.core import formats, schemes
-from octavo.io import checkpoint, folder, huggingface, safe_files, stream
+from octavo.io import checkpoint, folder, huggingface, safe_files, stream, strips
 from tests.nn import models
 
 LAYOUTS = checkpoint.LAYOUTS
@@ -25,7 +25,7 @@ LAYOUTS = checkpoint.LAYOUTS
 
 @pytest.fixture(autouse=True)
 def _small_strips(monkeypatch):
-    monkeypatch.setattr(stream, "STRIP", 3000)
+    monkeypatch.setattr(strips, "STRIP", 3000)
     transformers.utils.logging.disable_progress_bar()
 
 
@@ -265,9 +265,9 @@ KILLED = """
 import os, random, shutil, signal, sys
 import torch
 torch.set_num_threads(1)
-from octavo.io import folder, shards, stream
+from octavo.io import folder, shards, stream, strips
 source, out, seed = sys.argv[1:]
-stream.STRIP = 3000
+strips.STRIP = 3000
 plan = stream.plan(source, "int8-dynamic")
 choose, resumed = random.Random(int(seed)), 0
 
