@@ -89,11 +89,12 @@ def _load(name: str) -> _Loaded:
     if os.environ.get("OCTAVO_NATIVE") == "0":
         return _Loaded(None, "no native kernels: OCTAVO_NATIVE=0")
     suffix = Path(LIBRARIES[name][0][0]).suffix
+    what = "kernels" if suffix == ".c" else "operators"
     variable, *usual = COMPILERS[suffix]
     compiler = _compiler(suffix)
     if compiler is None:
         language = "C++" if suffix == ".cpp" else "C"
-        return _Loaded(None, f"no native kernels: no {language} compiler found ({', '.join((variable, *usual))})")
+        return _Loaded(None, f"no native {what}: no {language} compiler found ({', '.join((variable, *usual))})")
     reasons: list[str] = []
     try:
         recipe = _Recipe.of(name, compiler)
@@ -110,9 +111,9 @@ def _load(name: str) -> _Loaded:
                 reasons += [where] if isinstance(where, str) else []
                 where = f"compiled for this process only ({reasons[0]})" if reasons else str(where)
                 best = f"{INSTRUCTION_SETS[lib.octavo_isa()]}, " if name == "native" else ""
-                return _Loaded(lib, f"native kernels: {best}{where}", bool(reasons))
+                return _Loaded(lib, f"native {what}: {best}{where}", bool(reasons))
     mend = f"set {variable} to a compiler that works, or OCTAVO_NATIVE=0 to do without"
-    return _Loaded(None, f"no native kernels: {reasons[0]} (by {' '.join(compiler)}; {mend})", True)
+    return _Loaded(None, f"no native {what}: {reasons[0]} (by {' '.join(compiler)}; {mend})", True)
 
 
 def _compiler(suffix: str) -> list[str] | None:
