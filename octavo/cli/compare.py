@@ -47,12 +47,16 @@ def run(arguments: argparse.Namespace, screen: Screen) -> None:
     from octavo.analysis.compare import SCHEMES
     from octavo.core import schemes
 
-    names = [name for name in (arguments.schemes or "").split(",") if name.strip()] or SCHEMES
+    names = SCHEMES if arguments.schemes is None else [name for name in arguments.schemes.split(",") if name.strip()]
+    if not names:
+        raise OctavoError("--schemes names none; give some, as int8-dynamic,fp8-dynamic, or leave it out")
     wanted = [schemes.get(name.strip()) for name in names]
     if arguments.calibrate is not None:
         raise OctavoError("--calibrate is for quantize: here static ranges hold all that was seen. Leave it out")
     for file in (arguments.html, arguments.save):
         calibrate.check_file(file)
+    if arguments.html is not None and arguments.html == arguments.save:
+        raise OctavoError(f"--html and --save both name {arguments.html}; the one would replace the other")
     with screen.phase("load", f"opening {arguments.model}"):
         opened = opening.float_model(arguments)
     data = search.data_for(arguments, opened, arguments.fast)

@@ -160,7 +160,9 @@ def test_refusals_say_what_to_do(place, octavo, words, message):
     ("words", "message"),
     [
         (("llama", "--schemes", "int9"), "no scheme is called 'int9'"),
+        (("llama", "--schemes", " , "), "--schemes names none"),
         (("llama", "--html", "nowhere/a.html"), "there is no folder nowhere"),
+        (("llama", "--html", "a", "--save", "a"), "--html and --save both name a"),
     ],
 )
 def test_compare_refuses(place, octavo, words, message):
