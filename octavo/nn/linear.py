@@ -75,26 +75,28 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` […, in] to […, out], in ``x``'s dtype."""
-        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+        if not x.is_floating_point() or x.dim() == 0 or x.size(-1) != self.in_features:
             raise OctavoError(f"the layer takes floats […, {self.in_features}], not {x.dtype} {list(x.shape)}")
         if self.scheme.outliers is not None and may_hold(x, self.scheme.outliers):
             return self.activate(multiply_apart(x, self.scheme.outliers, self.quantized_weight, self._multiply))
-        return self.activate(self._multiply(x))
+        y = self._multiply(x)
+        return y if self.clamp is None else self.activate(y)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        """``x`` cast and multiplied, with the bias, before any clamp."""
+        """``x`` cast and multiplied, with the bias, before any clamp. Microseconds count here."""
         how = self.plan
+        if how is None or x.dtype == torch.float64:
+            return self._by_steps(x)
         has: dict[str, Any] = self._buffers  # quicker than attributes
-        bias = has["bias"]
-        if x.is_meta or has["codes"].is_meta or has["scale"].is_meta or (bias is not None and bias.is_meta):
+        bias, weight = has["bias"], ops.Weight(has["codes"], has["scale"], how.rows, how.columns, has["table"])
+        if x.is_meta or weight.codes.is_meta or weight.scale.is_meta or (bias is not None and bias.is_meta):
             self.check_place(x)
-        if how is not None and x.dtype != torch.float64:
-            weight = ops.Weight(has["codes"], has["scale"], how.rows, how.columns, has["table"])
-            if how.numbers is None:
-                if x.requires_grad and torch.is_grad_enabled():
-                    y: Tensor = _WithGradient.apply(x, weight, bias, self)
-                    return y
-                return ops.linear_weight_only(x, weight, bias)
+        if how.numbers is None:
+            if x.requires_grad and torch.is_grad_enabled():
+                y: Tensor = _WithGradient.apply(x, weight, bias, self)
+            else:
+                y = ops.linear_weight_only(x, weight, bias)
+        else:
             x = x.detach() if x.requires_grad else x
             scale, zeros = has["input_scale"], has["input_zero_point"]
             if how.whole:
@@ -103,13 +105,17 @@ class QuantizedLinear(QuantizedLayer):
                     assert self.scheme.input is not None
                     scale, zeros = scale_of_all(x, self.scheme.input)
             settings = (scale, zeros, how.affine, how.power_of_two)
-            return ops.linear(x, weight, bias, how.group, how.numbers, has["input_table"], *settings)
+            y = ops.linear(x, weight, bias, how.group, how.numbers, has["input_table"], *settings)
+        return y
+
+    def _by_steps(self, x: Tensor) -> Tensor:
+        self.check_place(x)
         if self.scheme.input is None:
-            bias = None if bias is None else bias.to(x.dtype)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
             with full_precision(x.device.type):
                 return F.linear(x, self.quantized_weight.dequantize(x.dtype), bias)
         rows = self.quantize_input(x.reshape(x.shape[:-1].numel(), self.in_features))
-        y = multiply(rows, self.quantized_weight, bias, x.dtype)
+        y = multiply(rows, self.quantized_weight, self.bias, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
