@@ -6,9 +6,9 @@ So every mix that the sum proposes is built with ``quantize_`` and measured on t
 above the budget the sum gets less to spend, where it is below more, until the two meet. What is given back was
 measured, never only foretold. The first mix is tried with weights rounded by data as well; if that helps, all are.
 
-A loss may grow less by the luck of the sample, a divergence cannot. And of a language model whose predictions are right
-on average the increase of the loss to be expected *is* the divergence, which scatters far less. So a mix keeps the
-budget if both do; by other losses, if the increase and its standard error together do.
+A loss may grow less by the luck of the sample. So a mix keeps the budget only if the measured increase and twice its
+standard error do, or, of a language model, the increase and the divergence. For where rounding's noise knows nothing of
+the data, the divergence *is* the increase to be expected, and it scatters far less.
 
 Times are measured, and so they scatter: two times of one layer that differ by less than the spread of their runs count
 as equal, and then the fewer bytes decide. So noise leaves no layer in float.
@@ -63,12 +63,13 @@ class Mix:
 
     @property
     def bound(self) -> float:
-        """What has to be within the budget: the increase or, if that is more, what makes sure that it is no luck."""
+        """What has to be within the budget: the increase, and what it may be lower by than it would be without luck."""
         if self.shift.increase is None:
             return self.increase
-        if self.shift.distance is None:
-            return self.increase + self.shift.error
-        return max(self.increase, self.shift.distance)
+        luck = 2 * self.shift.error
+        if self.shift.distance is not None:
+            luck = min(luck, max(0.0, self.shift.distance - self.increase))
+        return self.increase + luck
 
 
 def choose(
