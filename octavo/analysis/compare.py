@@ -7,7 +7,7 @@ would need many thousands for. Gradients could foretell cells in one pass (HAWQ,
 most: massive activations are far outside the range in which a second order holds.
 
 Work: cells × half a forward of the data that they are measured on. SmolLM2-135M, 210 layers × 5 schemes on 160 tokens
-took 336 s on two busy cores; ``python -m benchmarks.choosing`` measures it.
+took 336 s on two cores, 530 s while others worked on them; ``python -m benchmarks.choosing`` measures it.
 """
 
 import copy

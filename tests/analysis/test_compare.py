@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import octavo as ov
+from octavo.analysis import variants
 from octavo.analysis.compare import compare
 from octavo.analysis.comparison import Candidate, Comparison
 from octavo.errors import OctavoError
@@ -114,6 +115,18 @@ def test_layers_of_one_size_are_timed_once():
     found = compare(Chain(), batches(), ["int8-dynamic"], whole=False)
     assert len({layer.seconds for layer in found.layers}) == 1
     assert {(layer.calls, layer.rows, layer.shape) for layer in found.layers} == {(2, 16, (64, 64))}
+
+
+def test_a_spread_says_how_well_the_fastest_is_repeated():
+    assert variants._timing([3.0, 1.0, 2.0, 1.1, 90.0]) == variants.Timing(1.0, 1.0)
+    assert variants._timing([1.0, 1.0, 80.0, 90.0]) == variants.Timing(1.0, 0.0)
+
+
+def test_neither_smoothing_nor_rounding_takes_time():
+    ways = [Candidate(ov.schemes.INT8_DYNAMIC, 0.5), Candidate(ov.schemes.INT8_DYNAMIC, rounding="gptq")]
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64))
+    found = compare(model, [torch.randn(4, 64)], ["int8-dynamic", *ways], whole=False)
+    assert len({found.cell("1", way).seconds for way in (found.candidates[1], *ways)}) == 1
 
 
 def test_the_sensitive_layer_shows():

@@ -9,7 +9,7 @@ from torch import nn
 
 import octavo as ov
 from octavo import OctavoError, Rule
-from octavo.ptq.smooth import _apply, scales, smooth_
+from octavo.ptq.smooth import _apply, foresee, scales, smooth_
 from octavo.ptq.trial import power_of_two
 from tests.nn import models
 
@@ -322,3 +322,24 @@ def test_an_interrupt_leaves_no_half_of_a_pair(monkeypatch, places):
                 smooth_(model, data, 0.5) if rules is None else ov.quantize_(model, rules, data)
             assert len(calls) > 6
         assert same(state(whole) if rules is None else before, state(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_foreseen_is_what_is_done(dtype):
+    model = block().to(dtype)
+    data = [torch.randn(7, 4, dtype=dtype), torch.randn(3, 2, 4, dtype=dtype)]
+    before = state(model)
+    seen = foresee(model, data, [0.3, 0.8])
+    assert same(before, state(model))
+    assert [pair.readers for pair in seen.pairs] == [("3",)] and "0" in seen.left
+    for alpha in (0.3, 0.8):
+        twin = copy.deepcopy(model)
+        smooth_(twin, data, alpha)
+        torch.testing.assert_close(twin[3].weight, (model[3].weight.float() * seen.scales[alpha]["3"]).to(dtype))
+    with pytest.raises(OctavoError, match="no batch"):
+        foresee(model, [], [0.5])
+
+
+def test_nothing_is_foreseen_where_nothing_can_be_smoothed():
+    seen = foresee(nn.Sequential(nn.Linear(4, 3)), [torch.randn(2, 4)], [0.5])
+    assert seen.pairs == () and seen.scales == {0.5: {}} and "0" in seen.left
