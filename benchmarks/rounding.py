@@ -79,7 +79,8 @@ two passes over the data included.
 
 GPTQ rounds a column after the other, each making up for those before it. *For the same weights* it comes near to what
 the float weights would make of the same 8-bit inputs; *following the float model* it comes near to what the float model
-makes of its own inputs, as far as one half of the data confirms what the other half shows.
+makes of its own inputs, as far as one half of the data confirms what the other half shows. That needs the float model's
+run beside the 8-bit one, hence its time.
 """
 
 
