@@ -73,7 +73,7 @@ Made by `python -m benchmarks.rounding`. SmolLM2-135M-Instruct in FP32, {results
 of one half of Python's documentation to round by, {results["windows"]} of the other to judge on: none of those that
 settings were chosen by. {results["machine"]}. Perplexity: its rise over {results["float"]:.3f}, with the standard error
 over windows. KL: the mean distance from the float model's predictions. Seconds: processor time of all of quantizing,
-two passes over the data included.
+the passes over the data included.
 
 {markdown(head, rows)}
 
