@@ -87,7 +87,10 @@ def test_where_nothing_is_faster_the_smallest_is_chosen(place, octavo, monkeypat
     """Without an objective, that is; who asks for the fastest is told that there is nothing."""
     from octavo.analysis import variants
 
-    monkeypatch.setattr(variants, "seconds", lambda made, x: {name: 1.0 + (name != "as it is") for name in made})
+    def slower(made, x):
+        return {name: variants.Timing(1.0 + (name != "as it is"), 0.0) for name in made}
+
+    monkeypatch.setattr(variants, "timings", slower)
     (place / "slow.py").write_text(NETWORK)
     said = octavo("quantize", "slow:with_data", "--out", "small", "--budget", "0.1", "--evaluate", "slow:score")
     assert said.code == 0
