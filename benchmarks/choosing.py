@@ -47,7 +47,10 @@ CELLS, LENGTH, SEARCH, CALIBRATION, JUDGED = 160, 512, 13, 4, 16
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked for: the candidates, the search's budget, and by how many percent the perplexity may rise."""
+    """What is asked for: the candidates, the search's budget, and by how many percent the perplexity may rise.
+
+    ``most``: the share of weights that may be left as they are, or keep inputs as they are.
+    """
 
     title: str
     candidates: tuple[Any, ...]
@@ -55,17 +58,21 @@ class Question:
     limit: float
     rounding: bool = False
     objective: Objective = "time"
+    most: float = 0.0
 
 
 QUESTIONS = (
     Question("all 8-bit formats, every layer in 8 bits", EVERY, 0.0029, 0.3),
     Question("INT8 a channel and a token, or E4M3, every layer in 8 bits", FAST, 0.009, 1.0),
-    Question("the same, with as few weights as can be left as they are", (*FAST, None), 0.0029, 0.3, True, "bytes"),
+    Question(
+        "the same, with as few weights as can be left as they are", (*FAST, None), 0.0029, 0.3, True, "bytes", 0.1
+    ),
     Question(
         "the same, all weights in 8 bits, but some layers with inputs as they are (W8A16)",
         (*FAST, WEIGHT_ONLY, *SMOOTHED_WEIGHTS),
         0.0029,
         0.3,
+        most=0.1,
     ),
 )
 
@@ -200,20 +207,22 @@ def write(
     demo: Demo, comparison: Comparison, plain: Mapping[str, Judged], answers: Sequence[Mapping[str, Any]]
 ) -> None:
     """Both files."""
-    rows = [[f"`{name}` everywhere", judged.said, "", "0 %", "0 %", ""] for name, judged in plain.items()]
-    rows += [
-        [
-            a["question"],
-            a["said"],
-            f"{a['limit']} %",
-            f"{100 * a['left']:.1f} %",
-            f"{100 * a['inputs']:.1f} %",
-            f"{a['seconds']:.0f}",
-        ]
-        for a in answers
-    ]
+    rows = [[f"`{name}` everywhere", judged.said, "0 %", "0 %", "", "", ""] for name, judged in plain.items()]
+    for question, a in zip(QUESTIONS, answers, strict=False):  # so far
+        shares = [f"{100 * a[key]:.1f} %" for key in ("left", "inputs")]
+        limit = f"{question.limit} %" + (f", {100 * question.most:.0f} % left" if question.most else "")
+        kept = a["rise"] <= question.limit and a["left"] + a["inputs"] <= question.most
+        rows.append([question.title, a["said"], *shares, limit, "yes" if kept else "**no**", f"{a['seconds']:.0f}"])
     cells = len(comparing.SCHEMES) * len(comparison.layers)
-    header = ["what was asked for", "perplexity", "wanted", "weights left", "inputs left", "seconds to choose"]
+    header = [
+        "what was asked for",
+        "perplexity",
+        "weights left",
+        "inputs left",
+        "wanted",
+        "reached",
+        "seconds to choose",
+    ]
     lines = [
         "# Choosing a scheme for every layer",
         "",
