@@ -15,6 +15,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
 from typing import Any, Literal
 
 import torch
@@ -79,7 +80,8 @@ def trace(model: nn.Module, example: Any, call: Call | None = None) -> Trace:
     recorder = _Recorder(_state(model))
     with evaluating(model), undisturbed(model), recorder.watching(model), torch.no_grad(), recorder:
         result = enter(model, example, call)
-    gc.collect()  # what only a cycle keeps is nobody's result
+    if recorder.alive - _reached(result):
+        gc.collect()  # what only a cycle keeps is nobody's result
     recorder.finish()
     del result  # until here: what was alive is returned or kept
     return Trace(recorder.steps, recorder.state)
@@ -159,6 +161,11 @@ class _Recorder(TorchDispatchMode):
     def begin(self, kind: Literal["module", "function", "output"], name: str) -> Step:
         self.steps.append(Step(kind, name))
         return self.steps[-1]
+
+    @property
+    def alive(self) -> set[int]:
+        """By ``id`` the results that somebody still holds."""
+        return {id(x) for x, step in self.made.items() if step.kind != "state"}
 
     def finish(self) -> None:
         """What is still alive is the model's result, or something it keeps."""
@@ -254,6 +261,17 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     elif isinstance(tree, dict):
         yield from _tensors(list(tree.values()))
+
+
+def _reached(result: Any) -> set[int]:
+    """By ``id`` all that a result holds, in whatever objects."""
+    found: dict[int, Any] = {}
+    queue = [result]
+    while queue:
+        x = queue.pop()
+        if found.setdefault(id(x), x) is x and not isinstance(x, Tensor | nn.Module | type | ModuleType | FunctionType):
+            queue += [y for y in gc.get_referents(x) if id(y) not in found]
+    return set(found)
 
 
 def _refuse_lazy(model: nn.Module) -> None:

@@ -297,3 +297,36 @@ def test_symbolically(forward):
 def test_what_fx_cannot_follow():
     with pytest.raises(OctavoError, match="give an example"):
         trace_symbolically(Net(inspected))
+
+
+def test_what_only_a_cycle_keeps_is_no_result():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            kept = [self.first(x)]
+            kept.append(kept)
+            return {"found": self.second(kept[0])}
+
+    ends = trace(Loop(), torch.randn(2, 3)).steps[-1]
+    assert [step.name for step in ends.inputs] == ["second"]
+
+
+def test_a_result_within_other_objects():
+    class Holder:
+        def __init__(self, value):
+            self.held = {"deep": [value]}
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            y = self.first(x)
+            return Holder(y), self.second(y)
+
+    ends = trace(Model(), torch.randn(2, 3)).steps[-1]
+    assert {step.name for step in ends.inputs} == {"first", "second"}
