@@ -126,7 +126,8 @@ def quantize_(
 
     Raises ``OctavoError`` before anything is changed if a rule or scheme matches nothing, nothing is left to quantize,
     calibration or smoothing fails or lacks data, an observer does not suit a scheme, or a weight is on the meta device
-    or holds NaN, Inf or what float32 cannot hold.
+    or holds NaN, Inf or what float32 cannot hold. Ctrl-C leaves the model as it was, or smoothed, until layers are
+    replaced; from then on some are in 8 bits, each of them whole.
     """
     started = time.perf_counter()
     verdict = check(model, rules)

@@ -124,8 +124,7 @@ def _cell(cell: Cell | None, star: bool, ramp: Ramp, units: Units, reasons: dict
         return f'<td class="none{picked}">{mark}✕<sup>{reasons.setdefault(cell.excluded, len(reasons) + 1)}</sup></td>'
     known = None if math.isinf(cell.cost) and cell.loss is None and cell.divergence is None else cell.cost
     level = 0 if known is None else ramp.level(known)
-    ratio = cell.weight_sqnr if cell.output_sqnr is None else cell.output_sqnr
-    return f'<td class="h{level}{picked}">{mark}{units.one(known)}<small>{decibels(ratio)}</small></td>'
+    return f'<td class="h{level}{picked}">{mark}{units.one(known)}<small>{decibels(cell.output_sqnr)}</small></td>'
 
 
 def _table(label: str, caption: str, schemes: Sequence[str], rows: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ the formats' own numbers: where two are far apart rounding is coarse, and left o
 
 import math
 from collections.abc import Sequence
+from html import escape
 from typing import TYPE_CHECKING
 
 from octavo.analysis.comparison import Comparison
@@ -104,10 +105,10 @@ def _most_lost(rows: Sequence[tuple[str, LayerMagnitudes]], judge: Format) -> st
     lost = [(zeroed(m.inputs, judge), layer) for layer, m in rows if m.inputs is not None]
     if not lost:
         return "No data came to these layers: only their weights are shown."
-    share, layer = max(lost)
+    (share, layer), fmt = max(lost), escape(judge.name)
     if share < 0.0005:
-        return f"Hardly any of these inputs become zero in {judge.name}."
-    return f"In {judge.name}, {short(100 * share)} % of the inputs of {code(layer)} become zero, the most of these."
+        return f"Hardly any of these inputs become zero in {fmt}."
+    return f"In {fmt}, {short(100 * share)} % of the inputs of {code(layer)} become zero, the most of these."
 
 
 def _formats(comparison: Comparison) -> list[Format]:

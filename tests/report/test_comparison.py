@@ -126,6 +126,13 @@ def test_names_are_text():
     assert any('alert("x")' in words for words in found.words)
 
 
+def test_names_of_formats_are_text():
+    names = ["layers.0.a", "layers.1.a"]
+    scheme = schemes.dynamic(replace(formats.E4M3FN, name=HOSTILE))
+    compared = replace(samples.comparison(names), candidates=(Candidate(None), Candidate(scheme)))
+    assert HOSTILE not in number_lines.section(compared, samples.magnitudes(names))
+
+
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf, 0.0, -1e-9, 1e30])
 def test_odd_numbers(value):
     compared = samples.comparison(samples.llama(1))
