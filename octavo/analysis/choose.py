@@ -40,6 +40,7 @@ from octavo.ptq.rules import Rule
 
 STEPS = 8  # mixes that are measured
 NEAR = 0.9  # a mix that uses this much of the budget is near enough to the best
+CLOSE = 1.1  # what may be spent and what may not are near enough to stop
 SMALLER = 1e-3  # how much the other objective counts, where the first says nothing
 FLOAT = Candidate(None)
 GPTQ = "weights rounded by data (gptq)"
@@ -247,7 +248,7 @@ class _Search:
         cheapest = not within and not any(mix.taken)
         lightest = within and self._of(mix) <= self._least
         near = within and mix.bound >= NEAR * self.budget
-        return cheapest or lightest or near or high <= low * 1.05 or (known and high < math.inf)
+        return cheapest or lightest or near or high <= low * CLOSE or (known and high < math.inf)
 
     def _next(self, mix: Mix, spend: float, low: float, high: float) -> float:
         """What the sum may spend next: as much as the last mix's truth allows, but between what is known."""
