@@ -2,7 +2,8 @@
 
 Both give the logits of the last token only. Decoding starts anew in every repeat from the same short prompt, whose
 reading is not timed, and is fed given tokens: choosing them is no part of it. The compiled decoder has a static cache,
-because a growing one would be compiled anew; the compiled prefill keeps none.
+because a growing one would be compiled anew; the compiled prefill keeps none. All that is compiled is so in the same
+way, whose library it may be.
 """
 
 import copy
@@ -179,13 +180,22 @@ def eight_bit(model: Any, scheme: Scheme, calibration: list[Any], head: bool) ->
 
 def engine(model: Any, task: "Prompt | Any", compiled: bool = False) -> dict[str, Task]:
     """What is timed of a torch model."""
-    run = torch.compile(model, dynamic=False) if compiled else model
+    run = _compile(model) if compiled else model
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     if isinstance(task, Prompt):
         task = Prompt(task.ids.to(device), task.context, task.new)
         return {PREFILL: _prefill(model, run, task, compiled), DECODE: _decode(model, run, task, compiled)}
     args, named = _arguments(model, _as(task, _dtype(model)))
     return {FORWARD: Task(lambda: run(*args, **named))}
+
+
+def _compile(model: Any) -> Any:
+    """The model as one would compile it to serve it: nobody changes its modules meanwhile, so that no call looks at
+    each of them again; and attention is matmuls, which on a CPU take half the time of torch's own attention."""
+    if hasattr(model, "set_attn_implementation") and all(p.device.type == "cpu" for p in model.parameters()):
+        model.set_attn_implementation("eager")
+    unchanged: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    return torch.compile(model, dynamic=False, options=unchanged)
 
 
 def _prefill(model: Any, run: Any, task: Prompt, compiled: bool) -> Task:
