@@ -43,37 +43,57 @@ def compiled(model, **how):
     return torch.compile(model, fullgraph=True, backend="aot_eager", **how)
 
 
+class Together(nn.Module):
+    """Several layers, each with an input of its own: compiled once."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, *inputs):
+        return tuple(layer(x) for layer, x in zip(self.layers, inputs, strict=True))
+
+
+def together(of, scheme):
+    """All of these layers in 8 bits, in one model, and their inputs."""
+    torch.manual_seed(0)
+    model, inputs = Together([make() for make, _ in of.values()]).eval(), tuple(x for _, x in of.values())
+    rules = [ov.Rule(scheme, type=kind) for kind in {type(layer).__name__ for layer in model.layers}]
+    seen = ov.calibrate(model, rules, [inputs], call=lambda model, batch: model(*batch)) if "static" in scheme else None
+    summary = ov.quantize_(model, rules, seen)
+    assert len(summary.quantized) == len(of)
+    return model, inputs
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", LAYERS)
-def test_one_graph_with_the_same_bits(name, scheme):
-    make, x = LAYERS[name]
-    model = quantized(make, x, scheme)
+def test_one_graph_with_the_same_bits(scheme):
+    model, inputs = together(LAYERS, scheme)
     with torch.no_grad():
-        assert torch.equal(compiled(model)(x), model(x))
+        for name, found, expected in zip(LAYERS, compiled(model)(*inputs), model(*inputs), strict=True):
+            assert torch.equal(found, expected), name
 
 
 @pytest.mark.parametrize("scheme", ["int8-weight-only", "fp8-weight-only"])
-@pytest.mark.parametrize("name", TABLES)
-def test_tables(name, scheme):
-    make, x = TABLES[name]
-    model = quantized(make, x, scheme)
+def test_tables(scheme):
+    model, inputs = together(TABLES, scheme)
     with torch.no_grad():
-        assert torch.equal(compiled(model)(x), model(x))
+        for name, found, expected in zip(TABLES, compiled(model)(*inputs), model(*inputs), strict=True):
+            assert torch.equal(found, expected), name
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", LAYERS)
-def test_exported_saved_and_loaded(name, strict):
-    make, x = LAYERS[name]
-    model = quantized(make, x, "int8-dynamic")
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch", min=2, max=64)},), strict=strict)
+def test_exported_saved_and_loaded(strict):
+    model, inputs = together(LAYERS, "int8-dynamic")
+    shapes = {"inputs": tuple({0: Dim("batch", min=2, max=64)} for _ in inputs)}
+    program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=strict)
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
     again = torch.export.load(file).module()
     with torch.no_grad():
-        for batch in (x, torch.cat([x, x * 3, -x])):
-            assert torch.equal(again(batch), model(batch))
+        for batch in (inputs, tuple(torch.cat([x, x * 3, -x]) for x in inputs)):
+            for name, found, expected in zip(LAYERS, again(*batch), model(*batch), strict=True):
+                assert torch.equal(found, expected), name
 
 
 def test_one_graph_serves_all_batches():
