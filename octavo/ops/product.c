@@ -305,7 +305,7 @@ static char *borrow(int64_t bytes) {
     if (memory && *memory >= bytes) return (char *)memory + 64;
     free(memory);
     pthread_setspecific(kept, NULL);
-    memory = aligned_alloc(64, bytes + 64);
+    memory = aligned_alloc(64, whole_lines(bytes) + 64);
     if (!memory) return NULL;
     *memory = bytes;
     pthread_setspecific(kept, memory);
