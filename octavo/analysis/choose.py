@@ -230,13 +230,15 @@ class _Search:
                 low = max(low, spend)
                 best = mix if best is None or self._of(mix) < self._of(best) else best
             else:
+                spend = min(spend, mix.predicted)  # more was not spent
                 high = min(high, spend)
             if self._done(mix, known, low, high):
                 break
             spend = self._next(mix, spend, low, high)
         if best is not None and (any(rule.scheme for rule in best.rules) or self._of(best) <= self._least):
             return best, True
-        return self._nearest(found.values()), False
+        nearest = self._nearest(found.values())
+        return nearest, nearest.bound <= self.budget
 
     @property
     def _least(self) -> float:
