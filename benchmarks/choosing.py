@@ -239,6 +239,7 @@ def write(
         f"({comparison.machine}; wanted: less than 600 s on two cores).",
         "",
         *(f"- **{a['question']}**: {a['verdict']}" for a in answers),
+        *(f"- **{question.title}**: not measured yet." for question in QUESTIONS[len(answers) :]),
         "",
     ]
     (DOCS / "choosing.md").write_text("\n".join(lines))
