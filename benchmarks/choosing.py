@@ -65,7 +65,7 @@ QUESTIONS = (
     Question("all 8-bit formats, every layer in 8 bits", EVERY, 0.0029, 0.3),
     Question("INT8 a channel and a token, or E4M3, every layer in 8 bits", FAST, 0.009, 1.0, True),
     Question(
-        "the same, with as few weights as can be left as they are", (*FAST, None), 0.0029, 0.3, True, "bytes", 0.1
+        "the same, with as few weights as can be left as they are", (*FAST, None), 0.0041, 0.3, True, "bytes", 0.1
     ),
     Question(
         "the same, all weights in 8 bits, but some layers with inputs as they are (W8A16)",
