@@ -191,7 +191,8 @@ def engine(model: Any, task: "Prompt | Any", compiled: bool = False) -> dict[str
 
 def _compile(model: Any) -> Any:
     """The model as one would compile it to serve it: nobody changes its modules meanwhile, so that no call looks at
-    each of them again; and attention is matmuls, which on a CPU take half the time of torch's own attention."""
+    each of them again; and attention is matmuls, which on a CPU take half the time of torch's own attention.
+    """
     if hasattr(model, "set_attn_implementation") and all(p.device.type == "cpu" for p in model.parameters()):
         model.set_attn_implementation("eager")
     unchanged: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
