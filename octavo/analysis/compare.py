@@ -118,6 +118,9 @@ class Table:
         self.calibration = self.batches if calibration is None else list(several(calibration))
         self.candidates = as_candidates(candidates)
         self.layers = quantizable(model)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_meta:
+                raise OctavoError(f"{name} is on meta and has no numbers to compare; load the model first")
         self.notes: list[str] = []
         self.judge: Judge = judge_for(model, self.batches[0], loss)
         modules = [layer.module for layer in self.layers]

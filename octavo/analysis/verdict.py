@@ -27,7 +27,8 @@ def verdict(choice: Choice, perplexity: bool, noise: bool = False) -> str:
     words += f"{kept} the budget of {_short(choice.budget, perplexity)}."
     if choice.met:
         return words
-    return f"No mix keeps the budget; the best found has {words} The costliest: {', '.join(choice.costliest)}."
+    tried = f"No mix that was tried, of {len(choice.steps)}, keeps the budget; the best has"
+    return f"{tried} {words} The costliest: {', '.join(choice.costliest)}."
 
 
 def amount(increase: float, perplexity: bool, noise: bool = False) -> str:

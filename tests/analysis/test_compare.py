@@ -220,6 +220,8 @@ def test_what_cannot_be_compared_says_what_to_do():
         compare(Chain(), [], ["int8-dynamic"])
     with pytest.raises(OctavoError, match="put it into a list"):
         compare(Chain(), torch.randn(2, 64), ["int8-dynamic"])
+    with pytest.raises(OctavoError, match=r"layers\.0\.weight is on meta"):
+        compare(Chain().to("meta"), batches())
     with pytest.raises(OctavoError, match="no layer can be quantized"):
         compare(nn.Sequential(nn.LayerNorm(4)), [torch.randn(2, 4)])
     with pytest.raises(OctavoError, match="no scheme"):
