@@ -3,6 +3,8 @@
     octavo compare demo --save build/comparison.json
     python -m benchmarks.page build/comparison.json [build/choice.json]
 
+Of docs/choosing.json, which is no choice but the answers of ``benchmarks.choosing``, the first is shown.
+
 Needs Chromium on the path (``apt-get install chromium``). The page itself is left beside the picture's source.
 """
 
@@ -37,10 +39,13 @@ def main() -> None:
     parser.add_argument("comparison", type=Path)
     parser.add_argument("choice", type=Path, nargs="?")
     parser.add_argument("--out", type=Path, default=Path("docs/page.png"))
-    parser.add_argument("--size", type=int, nargs=2, default=(1100, 1500), metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--size", type=int, nargs=2, default=(1100, 1330), metavar=("WIDTH", "HEIGHT"))
     given = parser.parse_args()
     compared = Comparison.from_json(json.loads(given.comparison.read_text(encoding="utf-8")))
-    choice = None if given.choice is None else Choice.from_json(json.loads(given.choice.read_text(encoding="utf-8")))
+    choice = None
+    if given.choice is not None:
+        content = json.loads(given.choice.read_text(encoding="utf-8"))
+        choice = Choice.from_json(content["answers"][0]["choice"] if "answers" in content else content)
     html = given.comparison.with_suffix(".html")
     html.write_bytes(page(compared, choice))
     picture(html, given.out, *given.size)
