@@ -1,6 +1,8 @@
-"""What all tests share: fixed seeds, no network, one thread a worker, and no deadlines on a busy machine."""
+"""What all tests share: fixed seeds, no network, one thread a worker, no deadlines on a busy machine, and Ctrl-C."""
 
 import os
+import signal
+import threading
 
 import pytest
 
@@ -9,6 +11,10 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
 from hypothesis import HealthCheck, settings
+
+if threading.current_thread() is threading.main_thread():
+    # what a shell starts in the background ignores Ctrl-C, and so would all that the tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "octavo",
