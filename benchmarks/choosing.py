@@ -141,10 +141,11 @@ def compared(demo: Demo, file: Path | None) -> Comparison:
     if file is not None and file.exists():
         return Comparison.from_json(json.loads(file.read_text()))
 
-    def cells(of: Sequence[Any]) -> Comparison:
-        return ov.compare(demo.model, demo.search, of, calibration=demo.calibration, cells_on=1, whole=False)
+    def cells(of: Sequence[Any], whole: bool = False) -> Comparison:
+        given: dict[str, Any] = {"calibration": demo.calibration, "cells_on": 1, "whole": whole, "name": "demo"}
+        return ov.compare(demo.model, demo.search, of, **given)
 
-    five = cells(comparing.SCHEMES)
+    five = cells(comparing.SCHEMES, whole=True)  # benchmarks.page shows whole models beside the mix
     print(f"comparing: {five.seconds['cells']:.0f} s", flush=True)
     found = joined(five, cells((*SMOOTHED, *SMOOTHED_WEIGHTS)))
     if file is not None:

@@ -1,9 +1,10 @@
 """A picture of the page that people show each other: ``docs/page.png`` of a comparison that was kept as JSON.
 
-    octavo compare demo --save build/comparison.json
-    python -m benchmarks.page build/comparison.json [build/choice.json]
+    python -m benchmarks.choosing --comparison build/comparison.json
+    python -m benchmarks.page build/comparison.json docs/choosing.json
 
-Of docs/choosing.json, which is no choice but the answers of ``benchmarks.choosing``, the first is shown.
+The second file is a choice as JSON, or none; of docs/choosing.json, which holds answers, the first is shown. A
+comparison of another model comes from ``octavo compare MODEL --save``.
 
 Needs Chromium on the path (``apt-get install chromium``). The page itself is left beside the picture's source.
 """
